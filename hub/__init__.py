@@ -1,0 +1,1 @@
+"""`hub serve`: the middle blocks for everyone."""

@@ -1,0 +1,331 @@
+"""The compute behind the hub: Blocks B, their adapters, the joined training step and batched generation.
+
+One thread owns an engine. It knows nothing of sockets, and nothing of why it is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedConfig
+
+from blocks import adapters
+from blocks.adapters import Adapter, LoraSpec
+from blocks.codec import from_wire, to_wire
+from blocks.middle import MiddleBlocks
+from blocks.optimizer import AdapterOptimizer, Schedule
+from blocks.surgery import load
+from blocks.weights import WeightSource
+from hub import ragged
+from hub.aggregate import Contribution, weighted_mean
+from hub.jobs import InferItem, Outcome, Place, StepItem
+from hub.joining import Joined, Part, join
+from hub.kv import BatchCache, KvBudget, Member, StreamCache
+from messaging.errors import ErrorCode, FedseaError, HubError
+
+_TRAIN = "training_copy"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes."""
+
+    spec: LoraSpec
+    schedule: Schedule
+    dtype: torch.dtype
+    device: torch.device
+    kv_bytes: int
+
+
+@dataclass
+class _Pending:
+    """A joined forward that waits for its gradients: the graph's inputs and outputs, part by part."""
+
+    items: list[StepItem]
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class Engine:
+    """Layers 1 .. N of a model (all that an edge may leave to the hub), trained and served."""
+
+    def __init__(self, config: PreTrainedConfig, source: WeightSource, settings: EngineSettings) -> None:
+        self.settings = settings
+        layers = config.get_text_config().num_hidden_layers
+        self._plain = MiddleBlocks(config, 1, layers, settings.dtype)
+        load(self._plain.cut, source, settings.dtype, settings.device)
+        self._tuned = MiddleBlocks(config, 1, layers, settings.dtype)
+        _share_weights(self._plain, self._tuned)
+        peft = adapters.inject(self._tuned.cut, settings.spec, _TRAIN)
+        assert peft is not None
+        self._peft = peft
+        self._lora = [module for module in peft.modules() if isinstance(module, LoraLayer)]
+        self._batches = ragged.supports(self._plain.cut.model)
+        if self._batches:
+            ragged.install(self._plain.cut.model)
+            ragged.install(self._tuned.cut.model)
+        self.optimizer = AdapterOptimizer(adapters.parameters(self._tuned.cut, _TRAIN), settings.schedule)
+        self.hidden_size = config.get_text_config().hidden_size
+        self.num_layers = layers
+        self.budget = KvBudget(settings.kv_bytes)
+        self._streams: dict[tuple[int, int], StreamCache] = {}
+        self._pending: _Pending | None = None
+        self._versions: set[int] = {0}
+        #: target tokens that passed each absolute layer since the round began
+        self.layer_tokens = [0] * layers
+        #: forwards of the layer stack so far (what joining saves)
+        self.forwards = 0
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def step_forward(self, items: Sequence[StepItem]) -> dict[int, Outcome]:
+        """Join the items' rows, run them forward once, keep the graph. An item whose tensor is bad is left out."""
+        out: dict[int, Outcome] = {}
+        good, parts = [], []
+        for item in items:
+            try:
+                states = self._received(item.smashed, item.layout.rows, item.layout.width)
+            except FedseaError as error:
+                out[item.session] = error
+                continue
+            good.append(item)
+            parts.append(Part(states.requires_grad_(), item.layout, item.place))
+        self._use(_TRAIN)
+        hidden: list[torch.Tensor] = []
+        if parts:
+            with torch.enable_grad():
+                hidden = self._run_joined(self._tuned, parts)
+        self._pending = _Pending(good, [part.states for part in parts], hidden)
+        out |= {item.session: to_wire(states) for item, states in zip(good, hidden, strict=True)}
+        return out
+
+    def step_backward(self, grads: Mapping[int, object]) -> dict[int, Outcome]:
+        """One backward and one optimizer step for the pending forward.
+
+        grads: gradient of the summed loss by hidden (a wire tensor) per session; a session without one counts
+        zero tokens. Returns the gradients by smashed of those that gave one.
+        """
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        out: dict[int, Outcome] = {}
+        roots, seeds, tokens, given = [], [], 0, []
+        for item, start, hidden in zip(pending.items, pending.inputs, pending.outputs, strict=True):
+            grad = grads.get(item.session)
+            if grad is None:
+                continue
+            try:
+                seeds.append(self._received(grad, item.layout.rows, item.layout.width))
+            except FedseaError as error:
+                out[item.session] = error
+                continue
+            roots.append(hidden)
+            tokens += item.tokens
+            given.append((item, start))
+            self._count_tokens(item.place, item.tokens)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        self.optimizer.step(tokens)
+        for item, start in given:
+            assert start.grad is not None
+            out[item.session] = to_wire(start.grad)
+        return out
+
+    def drop_pending(self) -> None:
+        """Forget a forward whose gradients will never come."""
+        self._pending = None
+
+    def _count_tokens(self, place: Place, tokens: int) -> None:
+        for layer in range(place.enter, place.leave):
+            self.layer_tokens[layer] += tokens
+
+    def _run_joined(self, blocks: MiddleBlocks, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order."""
+        out: dict[int, torch.Tensor] = {}
+        for batch in join(parts):
+            hidden = self._run(blocks, batch)
+            for index, first, last, width in batch.slices:
+                out[index] = hidden[first:last, :width]
+        return [out[i] for i in range(len(parts))]
+
+    def _run(self, blocks: MiddleBlocks, batch: Joined) -> torch.Tensor:
+        self.forwards += 1
+        device = self.settings.device
+        mask = None if batch.mask is None else batch.mask.to(device)
+        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device))
+
+    def _received(self, tensor: object, rows: int, width: int) -> torch.Tensor:
+        shape = (rows, width, self.hidden_size)
+        return from_wire(tensor, dtype=self.settings.dtype, shape=shape).to(self.settings.device)  # type: ignore[arg-type]
+
+    # -- generation ----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def infer(self, items: Sequence[InferItem]) -> list[Outcome]:
+        """Answer each request; those of equal width and adapter version run as one batch."""
+        out: dict[int, Outcome] = {}
+        ready: dict[tuple[int, int, bool], list[tuple[int, Part]]] = {}
+        for index, item in enumerate(items):
+            try:
+                states = self._received(item.smashed, item.layout.rows, item.layout.width)
+                if item.version not in self._versions:
+                    raise HubError(ErrorCode.BEHIND, f"adapter version {item.version} is no longer served: join again")
+                if item.stream:
+                    self._stream(item).prepare(item.layout.past, item.layout.rows, item.order)
+            except FedseaError as error:
+                out[index] = error
+                continue
+            key = (item.version, item.layout.width, item.stream != 0)
+            ready.setdefault(key, []).append((index, Part(states, item.layout, item.place)))
+        for (version, _, cached), group in ready.items():
+            blocks = self._use_version(version)
+            out |= self._infer_cached(blocks, items, group) if cached else self._infer_once(blocks, group)
+        return [out[index] for index in range(len(items))]
+
+    def _infer_once(self, blocks: MiddleBlocks, group: list[tuple[int, Part]]) -> dict[int, Outcome]:
+        hidden = self._run_joined(blocks, [part for _, part in group])
+        return {index: to_wire(states) for (index, _), states in zip(group, hidden, strict=True)}
+
+    def _infer_cached(
+        self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
+    ) -> dict[int, Outcome]:
+        out: dict[int, Outcome] = {}
+        batches = [group] if self._batches else [[one] for one in group]
+        for batch in batches:
+            caches = [self._stream(items[index]) for index, _ in batch]
+            try:
+                hidden = self._run_streams(blocks, [part for _, part in batch], caches)
+            except HubError as error:
+                # The KV budget ran out part of the way: no cache of this batch can be trusted beyond its past.
+                self._crop(caches)
+                if len(batch) > 1:
+                    for one in batch:
+                        out |= self._infer_cached(blocks, items, [one])
+                else:
+                    out[batch[0][0]] = error
+                continue
+            out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
+        return out
+
+    def _run_streams(
+        self, blocks: MiddleBlocks, parts: list[Part], caches: list[StreamCache]
+    ) -> list[torch.Tensor]:
+        self.forwards += 1
+        device = self.settings.device
+        masks = [_on(part.layout.mask(), device) for part in parts]
+        enters = [part.place.enter for part in parts for _ in range(part.layout.rows)]
+        leaves = [part.place.leave for part in parts for _ in range(part.layout.rows)]
+        positions = torch.cat([part.layout.positions() for part in parts]).to(device)
+        if len(parts) == 1:
+            hidden = blocks.run(parts[0].states, enters, leaves, masks[0], positions, caches[0])
+            split = [hidden]
+        else:
+            ends = [sum(p.layout.rows for p in parts[: i + 1]) for i in range(len(parts))]
+            members = [
+                Member(cache, end - part.layout.rows, end, mask)
+                for part, cache, end, mask in zip(parts, caches, ends, masks, strict=True)
+            ]
+            batch = BatchCache(members, self.num_layers)
+            token = ragged.BATCH.set(batch)
+            try:
+                states = torch.cat([part.states for part in parts])
+                hidden = blocks.run(states, enters, leaves, None, positions, batch, batch.see)
+            finally:
+                ragged.BATCH.reset(token)
+            split = [hidden[member.first : member.last] for member in members]
+        for part, cache in zip(parts, caches, strict=True):
+            cache.past = part.layout.past + part.layout.width
+        return split
+
+    def _stream(self, item: InferItem) -> StreamCache:
+        key = (item.session, item.stream)
+        if key not in self._streams:
+            self._streams[key] = StreamCache(self.num_layers - 1, self.budget)
+        return self._streams[key]
+
+    @staticmethod
+    def _crop(caches: Sequence[StreamCache]) -> None:
+        for cache in caches:
+            for layer in cache.layers:
+                layer.crop_to(cache.past)
+
+    def close_stream(self, session: int, stream: int) -> None:
+        """Free a stream's memory; an unknown one is no error."""
+        cache = self._streams.pop((session, stream), None)
+        if cache is not None:
+            cache.free()
+
+    def close_session(self, session: int) -> None:
+        """Free all streams of a session."""
+        for key in [key for key in self._streams if key[0] == session]:
+            self.close_stream(*key)
+
+    @property
+    def streams(self) -> int:
+        """Streams that hold memory."""
+        return len(self._streams)
+
+    # -- adapters ------------------------------------------------------------------------------------
+
+    def trained(self) -> Adapter:
+        """A copy of the adapter in training."""
+        return adapters.read(self._tuned.cut, _TRAIN)
+
+    def set_trained(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Go on training from these values; the optimizer's moments stay."""
+        adapters.write(self._tuned.cut, adapter, _TRAIN)
+
+    def publish(self, version: int, adapter: Mapping[str, torch.Tensor], keep: set[int]) -> None:
+        """Serve `adapter` as `version`; of the older versions only those in `keep` stay."""
+        for old in self._versions - keep - {version}:
+            if old:
+                self._peft.delete_adapter(_version_name(old))
+        self._versions = (self._versions & keep) | {version}
+        if version:
+            self._peft.add_adapter(_version_name(version), self.settings.spec.config())
+            adapters.write(self._tuned.cut, adapter, _version_name(version))
+            for parameter in adapters.parameters(self._tuned.cut, _version_name(version)).values():
+                parameter.requires_grad_(False)
+        for parameter in adapters.parameters(self._tuned.cut, _TRAIN).values():
+            parameter.requires_grad_(True)
+
+    def close_round(self, previous: Adapter, parts: Sequence[Contribution]) -> Adapter:
+        """The new global adapter: the edges' contributions and this hub's own, token-weighted; loads it too."""
+        own = self.trained()
+        names = self._tuned.cut.names
+        tokens = {name: self.layer_tokens[adapters.layer_of(name, names)] for name in own}
+        merged = weighted_mean(previous, [*parts, Contribution(own, tokens)])
+        self.set_trained(merged)
+        self.layer_tokens = [0] * self.num_layers
+        return merged
+
+    def _use(self, adapter: str) -> None:
+        for module in self._lora:
+            module._active_adapter = [adapter]
+
+    def _use_version(self, version: int) -> MiddleBlocks:
+        # Version 0 is the initial adapter, whose B is zero: the plain blocks give the same without its cost.
+        if version == 0:
+            return self._plain
+        self._use(_version_name(version))
+        return self._tuned
+
+
+def _version_name(version: int) -> str:
+    return f"v{version}"
+
+
+def _on(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if mask is None else mask.to(device)
+
+
+def _share_weights(source: MiddleBlocks, target: MiddleBlocks) -> None:
+    """Let both hold the same tensors: one copy of the weights in memory."""
+    theirs = dict(source.cut.model.named_modules())
+    for path, module in target.cut.model.named_modules():
+        for name, parameter in theirs[path].named_parameters(recurse=False):
+            setattr(module, name, parameter)
+        for name, buffer in theirs[path].named_buffers(recurse=False):
+            module._buffers[name] = buffer

@@ -1,0 +1,59 @@
+"""What the compute thread is asked to do, and what it answers. Tensors are opaque to whoever passes these on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blocks.layout import Layout
+from messaging.errors import FedseaError
+from messaging.messages import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of an edge enter and leave: absolute layers p and N - q."""
+
+    enter: int
+    leave: int
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """One edge's part of a joined forward: smashed [batch, seq, hidden] with `tokens` targets behind it."""
+
+    session: int
+    place: Place
+    layout: Layout
+    tokens: int
+    smashed: Tensor
+
+
+@dataclass(frozen=True)
+class InferItem:
+    """One request of a stream (0: no cache), [rows, new, hidden] built on `layout.past` positions."""
+
+    session: int
+    request: int
+    stream: int
+    place: Place
+    version: int
+    layout: Layout
+    order: tuple[int, ...]
+    smashed: Tensor
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An edge's adapter file for a round, and its tokens."""
+
+    session: int
+    name: str
+    place: Place
+    tokens: int
+    data: bytes
+
+
+Outcome = Tensor | FedseaError
+#: by session
+Outcomes = Mapping[int, Outcome]

@@ -1,0 +1,217 @@
+"""The keys and values that generations leave at the hub: one cache a stream, all under one budget in bytes.
+
+A stream's cache is a buffer per layer that grows in place (no `torch.cat` per token) and can be cropped at
+any position, sliding windows included, because it keeps what is behind the window. `BatchCache` shows the
+caches of several streams to one forward; `ragged.py` holds the attention that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from messaging.errors import ErrorCode, HubError
+
+_GROW = 64
+
+
+class KvBudget:
+    """How many bytes all streams may hold together."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used = 0
+
+    def take(self, nbytes: int) -> None:
+        """Raises HubError KV_FULL when the budget does not hold `nbytes` more."""
+        if self.used + nbytes > self.most:
+            raise HubError(
+                ErrorCode.KV_FULL,
+                f"the hub's KV memory is full ({self.used >> 20} of {self.most >> 20} MiB in use): "
+                "try again when other generations have ended, or use a shorter prompt",
+            )
+        self.used += nbytes
+
+    def give(self, nbytes: int) -> None:
+        """Return bytes that were taken."""
+        self.used -= nbytes
+
+
+class StreamLayer(CacheLayerMixin):
+    """Keys and values of one layer of one stream, [rows, heads, capacity, dim], filled up to `length`."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, budget: KvBudget) -> None:
+        super().__init__()
+        self._budget = budget
+        self.length = 0
+        self.nbytes = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """See transformers; the buffers are made by the first update."""
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append [rows, heads, new, dim]; returns views of all keys and values so far."""
+        new = key_states.shape[-2]
+        if not self.is_initialized or self.length + new > self.keys.shape[-2]:
+            self._grow(key_states, value_states, self.length + new)
+        end = self.length + new
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _grow(self, keys: torch.Tensor, values: torch.Tensor, need: int) -> None:
+        capacity = -(-max(need, need + need // 16) // _GROW) * _GROW
+        rows, heads, _, key_dim = keys.shape
+        value_dim = values.shape[-1]
+        nbytes = rows * heads * capacity * (key_dim + value_dim) * keys.element_size()
+        self._budget.take(nbytes - self.nbytes)
+        self.nbytes = nbytes
+        grown_keys = keys.new_empty(rows, heads, capacity, key_dim)
+        grown_values = values.new_empty(rows, heads, capacity, value_dim)
+        if self.is_initialized and self.length:
+            grown_keys[:, :, : self.length] = self.keys[:, :, : self.length]
+            grown_values[:, :, : self.length] = self.values[:, :, : self.length]
+        self.keys, self.values = grown_keys, grown_values
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Key length and offset for the mask."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Cached positions."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def crop_to(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        self.length = min(self.length, length)
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Row i continues row order[i]; the number of rows may change."""
+        if not self.is_initialized:
+            return
+        before = self.keys.shape[0]
+        grown = self.nbytes // before * len(order) - self.nbytes
+        self._budget.take(grown)
+        self.nbytes += grown
+        self.keys, self.values = self.keys[order], self.values[order]
+
+    def free(self) -> None:
+        """Return the memory to the budget."""
+        self._budget.give(self.nbytes)
+        self.keys = self.values = None
+        self.nbytes, self.length, self.is_initialized = 0, 0, False
+
+
+class StreamCache(Cache):
+    """All layers of one stream. Only the layers between its edge's entry and exit ever fill."""
+
+    def __init__(self, layers: int, budget: KvBudget) -> None:
+        super().__init__(layers=[StreamLayer(budget) for _ in range(layers)])
+        self.past = 0
+        self.rows = 0
+
+    def prepare(self, past: int, rows: int, order: Sequence[int]) -> None:
+        """Crop to `past` and put the rows in order. Raises HubError CACHE_MISS when it holds less than that."""
+        held = set(range(self.rows))
+        if past > self.past or (past and (not set(order) <= held if order else rows != self.rows)):
+            raise HubError(ErrorCode.CACHE_MISS, "the hub no longer holds this stream", min(self.past, past))
+        for layer in self.layers:
+            layer.crop_to(past)
+            if order and past:
+                layer.reorder(torch.tensor(order, device=layer.keys.device if layer.is_initialized else "cpu"))
+        if past == 0 and rows != self.rows:
+            self.free()
+        self.past, self.rows = past, rows
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions that this stream holds."""
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset, the same in every layer."""
+        return self.past + query_length, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def free(self) -> None:
+        """Give all memory back."""
+        for layer in self.layers:
+            layer.free()
+        self.past = 0
+
+
+@dataclass(frozen=True)
+class RaggedStates:
+    """Keys or values (or masks) of several streams side by side: one entry a stream, of any length."""
+
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A stream in a batch: its cache, its rows first .. last, its bool mask [rows, past + width] or None."""
+
+    cache: StreamCache
+    first: int
+    last: int
+    mask: torch.Tensor | None
+
+
+class BatchCache(Cache):
+    """The caches of several streams, shown to one forward as one."""
+
+    def __init__(self, members: Sequence[Member], layers: int) -> None:
+        super().__init__(layers=[])
+        self.members = tuple(members)
+        self.inside = self.members
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer drops what is behind its window."""
+        return [False] * len(self.members[0].cache.layers)
+
+    def see(self, rows: list[int]) -> None:
+        """Told by the layer loop which rows are inside now."""
+        inside = set(rows)
+        self.inside = tuple(member for member in self.members if member.first in inside)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Append each stream's rows to its own cache; returns keys and values stream by stream."""
+        keys, values, at = [], [], 0
+        for member in self.inside:
+            end = at + member.last - member.first
+            k, v = member.cache.layers[layer_idx].update(key_states[at:end], value_states[at:end])
+            keys.append(k)
+            values.append(v)
+            at = end
+        return RaggedStates(tuple(keys)), RaggedStates(tuple(values))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The longest stream's."""
+        return max(member.cache.past for member in self.members)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The longest stream's; `ragged.py` makes a mask for each."""
+        return self.get_seq_length() + query_length, 0
+
+

@@ -1,0 +1,156 @@
+"""What happened: every event the scheduler hears of, in the past tense.
+
+Payloads (tensors, uploads) are opaque here: they are handed on inside actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EdgeJoined:
+    """A session was opened. `train` says whether it joins the cohort; `name` orders the rows."""
+
+    session: int
+    name: str
+    train: bool
+    applied: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeLeft:
+    """A session takes no more steps. `done`: all its steps are taken and its adapter is uploaded."""
+
+    session: int
+    done: bool
+
+
+@dataclass(frozen=True)
+class EdgeGone:
+    """A session is closed for good; nothing of it may be answered any more."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class EdgeFellSilent:
+    """Nothing was heard of a member for longer than the grace."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class EdgeCameBack:
+    """A silent member was heard again."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class SmashedReceived:
+    """An edge asks for the forward of its step `step`."""
+
+    session: int
+    request: int
+    step: int
+    payload: object
+
+
+@dataclass(frozen=True)
+class GradientReceived:
+    """An edge asks for the backward of its step `step`."""
+
+    session: int
+    request: int
+    step: int
+    payload: object
+
+
+@dataclass(frozen=True)
+class InferReceived:
+    """A generation or an evaluation asks for a forward."""
+
+    session: int
+    request: int
+    payload: object
+
+
+@dataclass(frozen=True)
+class StreamClosed:
+    """A generation's cache is not needed any more."""
+
+    session: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class AdapterUploaded:
+    """An edge's adapter for round `round` is here, whole."""
+
+    session: int
+    round: int
+    payload: object
+
+
+@dataclass(frozen=True)
+class RoundAwaited:
+    """An edge waits for the publication of round `round`."""
+
+    session: int
+    request: int
+    round: int
+
+
+@dataclass(frozen=True)
+class ForwardDone:
+    """The joined forward was computed; an answer per session in it."""
+
+    answers: Mapping[int, object]
+
+
+@dataclass(frozen=True)
+class BackwardDone:
+    """The joined backward and the optimizer step were computed; an answer per session that gave a gradient."""
+
+    answers: Mapping[int, object]
+
+
+@dataclass(frozen=True)
+class InferDone:
+    """A batch of inference was computed: (session, request, answer)."""
+
+    answers: tuple[tuple[int, int, object], ...]
+
+
+@dataclass(frozen=True)
+class RoundPublished:
+    """The new global adapter is on disk and served as `version`."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class HousekeepingDone:
+    """A checkpoint was written or memory was freed."""
+
+
+Event = (
+    EdgeJoined
+    | EdgeLeft
+    | EdgeGone
+    | EdgeFellSilent
+    | EdgeCameBack
+    | SmashedReceived
+    | GradientReceived
+    | InferReceived
+    | StreamClosed
+    | AdapterUploaded
+    | RoundAwaited
+    | ForwardDone
+    | BackwardDone
+    | InferDone
+    | RoundPublished
+    | HousekeepingDone
+)

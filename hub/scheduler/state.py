@@ -1,0 +1,90 @@
+"""The scheduler's state, every field explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Phase(Enum):
+    """Where the cohort is between two optimizer steps of B."""
+
+    GATHERING = "waiting for edges"
+    FORWARD = "collecting smashed states"
+    BACKWARD = "collecting gradients"
+    CLOSING = "closing the round"
+    OVER = "serving generation"
+
+
+@dataclass
+class Member:
+    """An edge that trains."""
+
+    session: int
+    #: orders the rows of a joined batch, so that arrival does not
+    name: str
+    #: steps of this edge that B's optimizer has applied
+    applied: int = 0
+    #: out of the cohort until it is heard again
+    silent: bool = False
+    #: takes no more steps, but may still await a round
+    left: bool = False
+    #: (request, step, payload) of a forward that waits to be joined
+    smashed: tuple[int, int, object] | None = None
+    #: step that is inside the pending joined forward
+    inside: int | None = None
+    #: (request, step, payload) of a backward that waits to be joined
+    gradient: tuple[int, int, object] | None = None
+    #: adapter of the round that is open, once uploaded
+    upload: object | None = None
+    #: took at least one step in the open round, so its adapter is wanted
+    contributes: bool = False
+
+    @property
+    def active(self) -> bool:
+        """One step of it is wanted for each step of B."""
+        return not self.left and not self.silent
+
+
+@dataclass
+class State:
+    """Everything the scheduler knows."""
+
+    #: edges that must be here before the first step
+    cohort: int
+    #: optimizer steps of B per round
+    round_steps: int
+    #: rounds to train; 0 for no end
+    rounds: int
+    #: optimizer steps of B since the hub's first start
+    hub_step: int = 0
+    #: rounds that are published
+    round: int = 0
+    #: optimizer steps of B in the open round
+    round_step: int = 0
+    #: version of the adapter that is published
+    version: int = 0
+    phase: Phase = Phase.GATHERING
+    #: training members by session, also those that left and still await their round
+    members: dict[int, Member] = field(default_factory=dict)
+    #: sessions that the pending joined forward holds rows of
+    joined: tuple[int, ...] = ()
+    #: inference requests that wait: (session, request, payload)
+    infers: list[tuple[int, int, object]] = field(default_factory=list)
+    #: caches to drop: (session, stream), stream 0 for all
+    freeing: list[tuple[int, int]] = field(default_factory=list)
+    #: (session, request, round) of edges that wait for a publication
+    awaiting: list[tuple[int, int, int]] = field(default_factory=list)
+    #: a compute action is under way
+    busy: bool = False
+    #: requests (session -> (request, step)) that the compute action under way will answer
+    answering: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: the last compute action was inference, so training goes first now
+    inferred_last: bool = False
+    #: no new work is begun
+    stopping: bool = False
+
+    @property
+    def active(self) -> list[Member]:
+        """Members of which a step is wanted, in row order."""
+        return sorted((m for m in self.members.values() if m.active), key=lambda m: (m.name, m.session))

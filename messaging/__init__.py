@@ -1,0 +1,1 @@
+"""What crosses the wire between edge and hub: messages, framing, keys and errors. No torch."""

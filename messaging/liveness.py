@@ -1,0 +1,52 @@
+"""When to ping the hub, and when to believe it dead. Pure: the time is handed in, in seconds."""
+
+from __future__ import annotations
+
+import random
+
+_SHORTEST_S = 5.0
+_MISSES = 3
+
+
+class Liveness:
+    """Pings about every max(5, n / 200 + 1) s for n edges; any traffic counts; three misses are a death."""
+
+    def __init__(self, rng: random.Random, now: float) -> None:
+        self._rng = rng
+        #: The interval that the pings keep below; the jitter spreads a thousand edges over it.
+        self._interval = _SHORTEST_S
+        self._next_ping = now
+        self._last_ping = now
+        #: Pings since anything was heard.
+        self._unanswered = 0
+
+    def resize(self, edges: int) -> None:
+        """The hub has `edges` edges now (its Pong says so)."""
+        self._interval = max(_SHORTEST_S, edges / 200 + 1)
+
+    def heard(self) -> None:
+        """Something came from the hub, whatever it was."""
+        self._unanswered = 0
+
+    def restart(self, now: float) -> None:
+        """A new connection: what was missed on the old one no longer counts."""
+        self._unanswered = 0
+        self._next_ping = now
+
+    def ping_due(self, now: float) -> bool:
+        """Whether to send a ping now; say so with `pinged`."""
+        return now >= self._next_ping
+
+    def pinged(self, now: float) -> None:
+        """A ping was sent, or could not be sent: both count when nothing comes back."""
+        self._unanswered += 1
+        self._last_ping = now
+        self._next_ping = now + self._interval * self._rng.uniform(0.75, 1.0)
+
+    def dead(self, now: float) -> bool:
+        """Whether three pings in a row brought no sign of life."""
+        return self._unanswered >= _MISSES and now >= self._last_ping + self._interval
+
+    def next_event(self) -> float:
+        """The time at which to look again."""
+        return self._next_ping

@@ -1,0 +1,121 @@
+"""The peak memory of an edge process, predicted part by part.
+
+What is counted is what the process needs beyond its imports. The parts add up because they are all there at one
+moment: when the gradient of the loss is formed, with the graphs of A and C still held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from profiles.activations import FLOAT32, freed_pieces, kept_bytes, kept_score_bytes
+from profiles.model import ModelShape
+from profiles.workload import Workload
+
+# The constants for the CPU were fitted to the calibration models of tools/bench_memory.py (random Llama, GPT-2,
+# OPT and GPT-NeoX with hidden sizes from 256 to 768), on x86-64 Linux with glibc 2.36, torch 2.13 and one thread.
+# They took no part in the benchmark's own table. Those for CUDA are assumptions; no benchmark has tested them.
+
+#: Code and tables that libraries load on first use, and Python's own objects.
+RUNTIME_BYTES = {"cpu": 22 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}
+
+#: Share of the memory freed during a forward pass that glibc can't use again before the pass ends: torch asks for
+#: aligned memory, and a hole of the same size is a few bytes too small for that. Other allocators pool by size.
+HOLES = {"cpu": 0.63, "cuda": 0.05, "mps": 0.05}
+
+#: Above this size glibc takes memory from the system and gives it back at once, so there are no holes.
+#: (DEFAULT_MMAP_THRESHOLD_MAX of malloc.c on 64-bit machines.)
+MMAP_BYTES = 32 * 2**20
+
+#: Copies of the adapters in training: weights, gradients and AdamW's two moments; on CUDA also the temporary
+#: of AdamW's multi-tensor form.
+ADAPTER_COPIES = {"cpu": 4, "cuda": 5, "mps": 4}
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Predicted peak in bytes, by what needs it. `holes` is memory that the allocator can't reuse in time."""
+
+    weights: int
+    adapters: int
+    activations: int
+    logits: int
+    cache: int
+    wire: int
+    holes: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """All parts together, in bytes."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Every part by name, for display."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+def predict_memory(
+    model: ModelShape, p: int, q: int, workload: Workload, device: str, micro_batches: int = 1
+) -> MemoryPrediction:
+    """The peak of an edge that hosts the first `p` and last `q` layers on a `device` ("cpu", "cuda", "mps").
+
+    With `micro_batches` the batch goes through in that many parts, one after the other.
+    Raises PlanError while the workload's dtype is "auto".
+    """
+    rows = -(-workload.batch // micro_batches)
+    tokens = rows * workload.seq
+    hosted = p + q
+    adapter_bytes = adapter_params(model, p, q, workload.lora_rank) * FLOAT32
+    wire = tokens * model.hidden * workload.value_bytes
+    return MemoryPrediction(
+        weights=weight_params(model, p, q) * workload.value_bytes,
+        adapters=adapter_bytes * (ADAPTER_COPIES[device] if workload.training else 1),
+        activations=_activations(model, hosted, rows, workload),
+        logits=_logits(model, rows, workload),
+        cache=0 if workload.training else 2 * model.kv_width * hosted * tokens * workload.value_bytes,
+        # smashed as sent and kept for a retry, hidden as received and as a tensor
+        wire=3 * wire if workload.training else wire,
+        holes=_holes(model, hosted, tokens, workload, device),
+        runtime=RUNTIME_BYTES[device],
+    )
+
+
+def weight_params(model: ModelShape, p: int, q: int) -> int:
+    """Parameters of Blocks A and C: embedding, the first p and last q layers, final norm and head."""
+    layers = sum(model.layer_params[:p]) + sum(model.layer_params[model.layers - q :])
+    return model.embed_params + layers + model.head_params
+
+
+def adapter_params(model: ModelShape, p: int, q: int, rank: int) -> int:
+    """Parameters of the LoRA adapters of Blocks A and C."""
+    return (p + q) * rank * model.adapter_values_per_rank
+
+
+def _activations(model: ModelShape, hosted: int, rows: int, workload: Workload) -> int:
+    """What training keeps for backward in all hosted layers; in generation, the widest moment of one layer."""
+    tokens = rows * workload.seq
+    if not workload.training:
+        widest = 4 * model.hidden + 2 * model.attention_width + 3 * model.inner * model.experts_per_token
+        return tokens * widest * workload.value_bytes
+    layers = hosted * (tokens * kept_bytes(model, workload) + kept_score_bytes(model, rows, workload.seq))
+    # the final norm keeps its input and makes the head's
+    return layers + tokens * model.hidden * (FLOAT32 + workload.value_bytes)
+
+
+def _logits(model: ModelShape, rows: int, workload: Workload) -> int:
+    """Logits; in training also their log-softmax and the two gradients of it, all three in float32."""
+    if not workload.training:
+        return rows * model.vocab * (workload.value_bytes + FLOAT32)
+    return rows * workload.seq * model.vocab * (workload.value_bytes + 3 * FLOAT32)
+
+
+def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, device: str) -> int:
+    if not workload.training:
+        return 0
+    # adapters over 16-bit weights work in float32, so half of the pieces are twice as large
+    size = FLOAT32 if workload.value_bytes == FLOAT32 else 6
+    freed = sum(
+        count * width * tokens * size for count, width in freed_pieces(model) if width * tokens * FLOAT32 < MMAP_BYTES
+    )
+    return int(HOLES[device] * hosted * freed)

@@ -1,0 +1,143 @@
+"""Who gets in: the ZAP handler with real sockets on loopback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import zmq
+
+from messaging.access import Gatekeeper
+from messaging.edge_transport import EdgeTransport
+from messaging.keys import new_keys
+from messaging.transport import Channel, ConnectFailed, Connected, FailReason, LinkEvent
+
+FirstEvent = Callable[[EdgeTransport], LinkEvent]
+
+
+def test_an_enrolled_key_passes_and_is_the_identity(hub, first_event: FirstEvent) -> None:
+    keys = hub.enrolled()
+    edge = hub.edge(keys)
+    assert first_event(edge) == Connected(Channel.CTL)
+    assert edge.send(Channel.CTL, [b"hello"])
+    arrival = hub.arrival()
+    assert arrival.key == keys.public
+    assert arrival.frames == [b"hello"]
+    assert arrival.route.channel is Channel.CTL
+
+
+def test_an_unknown_key_is_told_so(hub, first_event: FirstEvent) -> None:
+    edge = hub.edge(new_keys())
+    assert first_event(edge) == ConnectFailed(Channel.CTL, FailReason.NOT_ENROLLED)
+    assert not edge.send(Channel.CTL, [b"hello"])
+    assert hub.transport.poll(0.05) == []
+
+
+def test_after_enrolment_a_reset_lets_it_in(hub, first_event: FirstEvent) -> None:
+    keys = new_keys()
+    edge = hub.edge(keys)
+    assert isinstance(first_event(edge), ConnectFailed)
+    hub.names.enrolled[keys.public] = "late"
+    edge.reset()
+    assert first_event(edge) == Connected(Channel.CTL)
+
+
+def test_another_hub_key_is_told_apart(hub, first_event: FirstEvent) -> None:
+    edge = hub.edge(hub.enrolled(), replace(hub.address, key=new_keys().public))
+    assert first_event(edge) == ConnectFailed(Channel.CTL, FailReason.WRONG_HUB_KEY)
+    assert hub.transport.poll(0.05) == []
+
+
+def test_nobody_there_is_told_apart(hub, first_event: FirstEvent) -> None:
+    address = hub.address
+    hub.transport.close()
+    assert first_event(hub.edge(new_keys(), address)) == ConnectFailed(Channel.CTL, FailReason.UNREACHABLE)
+
+
+def test_the_enrol_socket_takes_every_key(hub, first_event: FirstEvent) -> None:
+    keys = new_keys()
+    edge = hub.edge(keys)
+    assert isinstance(first_event(edge), ConnectFailed)
+    edge.send(Channel.ENROL, [b"token"])
+    while not edge.send(Channel.ENROL, [b"token"]):
+        edge.poll(0.1)
+        edge.link_events()
+    arrival = hub.arrival()
+    assert (arrival.key, arrival.route.channel) == (keys.public, Channel.ENROL)
+
+
+def test_a_failing_allow_list_refuses_and_the_next_edge_joins(hub, first_event: FirstEvent) -> None:
+    hub.names.broken = True
+    for _ in range(1000):
+        status, _, user = hub.gatekeeper.judge(b"edge", b"CURVE", [bytes(32)])
+        assert (status, user) == (b"500", "")
+    edge = hub.edge(hub.enrolled())
+    assert first_event(edge) == ConnectFailed(Channel.CTL, FailReason.HUB_TROUBLE)
+    assert hub.gatekeeper.failures == 1001
+    assert hub.gatekeeper.alive()
+    hub.names.broken = False
+    edge.reset()
+    began = time.monotonic()
+    assert first_event(edge) == Connected(Channel.CTL)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("domain", "mechanism", "credentials"),
+    [
+        (b"edge", b"NULL", []),
+        (b"enrol", b"PLAIN", [b"user", b"password"]),
+        (b"enrol", b"CURVE", [bytes(31)]),
+        (b"enrol", b"CURVE", []),
+        (b"", b"CURVE", [bytes(32)]),
+        (b"other", b"CURVE", [bytes(32)]),
+        (b"\xff", b"CURVE", [bytes(32)]),
+    ],
+)
+def test_everything_else_is_refused(hub, domain: bytes, mechanism: bytes, credentials: list[bytes]) -> None:
+    assert hub.gatekeeper.judge(domain, mechanism, credentials)[0] == b"400"
+
+
+def test_without_gatekeeper_nobody_gets_in(hub) -> None:
+    keys = hub.enrolled()
+    assert hub.gatekeeper.alive()
+    hub.gatekeeper.stop()
+    assert not hub.gatekeeper.alive()
+    edge = hub.edge(keys)
+    edge.poll(0.3)
+    assert Connected(Channel.CTL) not in edge.link_events()
+    assert hub.transport.poll(0) == []
+    hub.gatekeeper = Gatekeeper(hub.context, hub.names)
+    assert hub.gatekeeper.alive()
+
+
+def test_the_handler_survives_malformed_requests(hub, first_event: FirstEvent) -> None:
+    stranger = hub.context.socket(zmq.DEALER)
+    stranger.setsockopt(zmq.LINGER, 0)
+    stranger.connect("inproc://zeromq.zap.01")
+    for frames in ([b""], [b"", b"1.0"], [b"", b"2.0", *[b"x"] * 9], [b"x"] * 30):
+        stranger.send_multipart(frames)
+    assert first_event(hub.edge(hub.enrolled())) == Connected(Channel.CTL)
+    stranger.close()
+
+
+def test_a_context_that_ends_first_ends_the_handler() -> None:
+    context = zmq.Context()
+    gatekeeper = Gatekeeper(context, object())  # type: ignore[arg-type]
+    context.term()
+    gatekeeper.stop()
+    assert not gatekeeper.alive()
+
+
+def test_no_plain_connection(hub) -> None:
+    """A socket without CURVE sends into the void."""
+    context = zmq.Context()
+    plain = context.socket(zmq.DEALER)
+    plain.setsockopt(zmq.LINGER, 0)
+    plain.connect(hub.transport.endpoints[Channel.ENROL])
+    plain.send(b"hello")
+    assert hub.transport.poll(0.2) == []
+    plain.close()
+    context.term()
