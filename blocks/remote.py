@@ -234,5 +234,3 @@ def _base(cut: CutModel) -> nn.Module:
     """The module whose forward runs the layers; it is called by keyword in every architecture."""
     parent = cut.names.prefix.rpartition(".")[0]
     return cut.model.get_submodule(parent) if parent else cut.model
-
-

@@ -1,5 +1,16 @@
-"""`edge join` and its like: what stays on the user's machine."""
+"""`edge join` and its like: what stays on the user's machine.
 
-from edge.library import connect
+As a library: `model = edge.connect(join)` gives a transformers model whose middle runs at the hub.
+"""
+
+from typing import Any
+
+
+def connect(*args: Any, **kwargs: Any) -> Any:
+    """See `edge.library.connect` (imported when called: torch takes seconds)."""
+    from edge.library import connect as connect_
+
+    return connect_(*args, **kwargs)
+
 
 __all__ = ["connect"]

@@ -17,7 +17,7 @@ from blocks.adapters import Adapter, LoraSpec
 from blocks.codec import from_wire, to_wire
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
-from blocks.surgery import load
+from blocks.surgery import LayerNames, load
 from blocks.weights import WeightSource
 from hub import ragged
 from hub.aggregate import Contribution, weighted_mean
@@ -209,9 +209,7 @@ class Engine:
             out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
         return out
 
-    def _run_streams(
-        self, blocks: MiddleBlocks, parts: list[Part], caches: list[StreamCache]
-    ) -> list[torch.Tensor]:
+    def _run_streams(self, blocks: MiddleBlocks, parts: list[Part], caches: list[StreamCache]) -> list[torch.Tensor]:
         self.forwards += 1
         device = self.settings.device
         masks = [_on(part.layout.mask(), device) for part in parts]
@@ -300,6 +298,11 @@ class Engine:
         self.set_trained(merged)
         self.layer_tokens = [0] * self.num_layers
         return merged
+
+    @property
+    def names(self) -> LayerNames:
+        """Where the model's layers stand."""
+        return self._plain.cut.names
 
     def _use(self, adapter: str) -> None:
         for module in self._lora:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from blocks.layout import Layout
 from messaging.errors import FedseaError
 from messaging.messages import Tensor
@@ -44,16 +46,14 @@ class InferItem:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """An edge's adapter file for a round, and its tokens."""
+class EdgeAdapter:
+    """An edge's adapter for a round, checked, and the target tokens behind it."""
 
     session: int
-    name: str
     place: Place
     tokens: int
-    data: bytes
+    tensors: Mapping[str, torch.Tensor]
 
 
+#: What becomes of a tensor that is asked for.
 Outcome = Tensor | FedseaError
-#: by session
-Outcomes = Mapping[int, Outcome]

@@ -7,7 +7,7 @@ caches of several streams to one forward; `ragged.py` holds the attention that r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,5 +213,3 @@ class BatchCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The longest stream's; `ragged.py` makes a mask for each."""
         return self.get_seq_length() + query_length, 0
-
-

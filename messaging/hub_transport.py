@@ -34,13 +34,13 @@ class HubTransport:
         listen: str,
         max_frames: int = 1 + MAX_TENSOR_BYTES // MAX_FRAME_BYTES,
     ) -> None:
+        host, port = _parse_listen(listen)
         self.traffic = Traffic()
         self._max_frames = max_frames
         self._waker = Waker()
         self._sockets: dict[Channel, Socket] = {}
         self._poller = zmq.Poller()
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
-        host, port = _parse_listen(listen)
         try:
             for channel in Channel:
                 self._bind(context, keys, channel, f"tcp://{host}:{port + channel if port else 0}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 _SHORTEST_S = 5.0
@@ -16,9 +17,9 @@ class Liveness:
         #: The interval that the pings keep below; the jitter spreads a thousand edges over it.
         self._interval = _SHORTEST_S
         self._next_ping = now
-        self._last_ping = now
-        #: Pings since anything was heard.
+        #: Pings since anything was heard, and when the last one that may be missed is missed.
         self._unanswered = 0
+        self._dead_at = math.inf
 
     def resize(self, edges: int) -> None:
         """The hub has `edges` edges now (its Pong says so)."""
@@ -27,10 +28,11 @@ class Liveness:
     def heard(self) -> None:
         """Something came from the hub, whatever it was."""
         self._unanswered = 0
+        self._dead_at = math.inf
 
     def restart(self, now: float) -> None:
         """A new connection: what was missed on the old one no longer counts."""
-        self._unanswered = 0
+        self.heard()
         self._next_ping = now
 
     def ping_due(self, now: float) -> bool:
@@ -39,13 +41,14 @@ class Liveness:
 
     def pinged(self, now: float) -> None:
         """A ping was sent, or could not be sent: both count when nothing comes back."""
-        self._unanswered += 1
-        self._last_ping = now
         self._next_ping = now + self._interval * self._rng.uniform(0.75, 1.0)
+        self._unanswered += 1
+        if self._unanswered == _MISSES:
+            self._dead_at = self._next_ping
 
     def dead(self, now: float) -> bool:
         """Whether three pings in a row brought no sign of life."""
-        return self._unanswered >= _MISSES and now >= self._last_ping + self._interval
+        return now >= self._dead_at
 
     def next_event(self) -> float:
         """The time at which to look again."""

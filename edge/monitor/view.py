@@ -16,7 +16,6 @@ from messaging.console.figures import (
     number,
     of_total,
     percent,
-    printable,
     shares,
     sparkline,
     split_cells,
@@ -54,9 +53,9 @@ _PLACES = (
 def render(snapshot: EdgeSnapshot, width: int, height: int) -> Text:
     """The snapshot in at most `height` lines."""
     inner = inner_width(width)
-    title = Text.assemble(("FedSEA edge", STRONG), (f"  {printable(snapshot.name)}", ACCENT))
+    title = Text.assemble(("FedSEA edge", STRONG), (f"  {snapshot.name}", ACCENT))
     style = phase_style(snapshot.phase)
-    status = Text.assemble(("● ", style), (printable(snapshot.phase), style))
+    status = Text.assemble(("● ", style), (snapshot.phase, style))
     sections = [
         Section(_place(snapshot, inner)),
         Section([*_progress(snapshot, inner), *_loss(snapshot, inner)], "training"),
@@ -69,14 +68,14 @@ def render(snapshot: EdgeSnapshot, width: int, height: int) -> Text:
 
 
 def _place(snapshot: EdgeSnapshot, width: int) -> list[Text]:
-    pieces = [Text(printable(snapshot.hub))]
+    pieces = [Text(snapshot.hub)]
     if snapshot.cohort_size:
         full = snapshot.cohort_joined >= snapshot.cohort_size
         joined = of_total(snapshot.cohort_joined, snapshot.cohort_size)
         pieces.append(piece("cohort", joined, GOOD if full else WAIT))
     lines = row("hub", pieces, width)
     if snapshot.model:
-        pieces = [Text(printable(snapshot.model)), piece("partition", snapshot.partition or UNKNOWN)]
+        pieces = [Text(snapshot.model), piece("partition", snapshot.partition or UNKNOWN)]
         lines += row("model", pieces, width)
     return lines
 

@@ -17,7 +17,6 @@ from messaging.console.figures import (
     milliseconds,
     number,
     of_total,
-    printable,
 )
 from messaging.console.live import View
 from messaging.console.parts import (
@@ -54,11 +53,9 @@ _EDGE_LINES = 4
 def render(snapshot: HubSnapshot, width: int, height: int) -> Text:
     """The snapshot in at most `height` lines."""
     inner = inner_width(width)
-    title = Text.assemble(("FedSEA hub", STRONG), (f"  {printable(snapshot.model)}", ACCENT))
+    title = Text.assemble(("FedSEA hub", STRONG), (f"  {snapshot.model}", ACCENT))
     style = phase_style(snapshot.phase)
-    status = Text.assemble(
-        ("● ", style), (printable(snapshot.phase), style), (f"  up {duration(snapshot.uptime_s)}", DIM)
-    )
+    status = Text.assemble(("● ", style), (snapshot.phase, style), (f"  up {duration(snapshot.uptime_s)}", DIM))
     sections = [
         Section(_place(snapshot, inner)),
         Section([*_round(snapshot, inner), *_load(snapshot, inner), *_network(snapshot, inner)], "work"),
@@ -76,7 +73,7 @@ def _place(snapshot: HubSnapshot, width: int) -> list[Text]:
     hosted = snapshot.last_layer - snapshot.first_layer + 1
     layers = f"layers {snapshot.first_layer} to {snapshot.last_layer} ({hosted} of {snapshot.layers})"
     pieces = [Text(snapshot.dtype), Text(layers), piece("adapter", f"version {snapshot.adapter_version}")]
-    endpoints = [Text(printable(endpoint)) for endpoint in snapshot.endpoints]
+    endpoints = [Text(endpoint) for endpoint in snapshot.endpoints]
     return row("hosts", pieces, width) + row("listens", endpoints, width)
 
 
@@ -132,7 +129,7 @@ class _Figure:
 
 def _state(edge: EdgeRow) -> Text:
     if edge.silent_s < _QUIET_S:
-        return Text(printable(edge.state), phase_style(edge.state))
+        return Text(edge.state, phase_style(edge.state))
     since = " ".join(duration(edge.silent_s).split()[:2])
     return Text(f"silent {since}", BAD if edge.silent_s >= _DEAD_S else WAIT)
 
@@ -160,7 +157,7 @@ def _edges(edges: tuple[EdgeRow, ...], width: int, lines: int) -> list[Text]:
     figures = _fitting(width)
     taken = sum(figure.column.width + 2 for figure in figures)
     name = Column("edge", max(_NAME_LEAST, min(_NAME_MOST, width - taken)), words=True)
-    cells = [[Text(printable(edge.name), STRONG), *(figure.text(edge) for figure in figures)] for edge in shown]
+    cells = [[Text(edge.name, STRONG), *(figure.text(edge) for figure in figures)] for edge in shown]
     result = table([name, *(figure.column for figure in figures)], cells)
     if len(shown) < len(edges):
         result.append(Text(f"and {len(edges) - len(shown)} more", DIM))

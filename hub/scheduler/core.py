@@ -174,9 +174,7 @@ class Scheduler:
             member = state.members.get(session)
             if member is not None:
                 member.applied, member.contributes = step + 1, not member.silent
-            self._out.append(
-                act.AnswerBackward(session, request, step, event.answers[session], state.hub_step, closes)
-            )
+            self._out.append(act.AnswerBackward(session, request, step, event.answers[session], state.hub_step, closes))
         for member in state.members.values():
             member.inside = None
         state.answering, state.joined = {}, ()
@@ -222,9 +220,7 @@ class Scheduler:
 
     def _answer_round(self, session: int, request: int) -> None:
         state = self.state
-        self._out.append(
-            act.AnswerRound(session, request, state.version, state.round, state.phase is Phase.OVER)
-        )
+        self._out.append(act.AnswerRound(session, request, state.version, state.round, state.phase is Phase.OVER))
 
     # -- what to compute next ----------------------------------------------------------------------
 

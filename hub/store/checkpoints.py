@@ -67,7 +67,7 @@ class CheckpointStore:
         warnings: list[str] = []
         entries = self._series.entries()
         for entry in entries:
-            reason = fault(entry)
+            reason = fault(entry.path, entry.sha256, entry.bytes)
             if reason is None:
                 try:
                     return _read(entry.path), warnings
@@ -93,14 +93,14 @@ def _note(checkpoint: Checkpoint) -> dict[str, Any]:
 def _write(path: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save_file
 
-    tensors = {_ADAPTER + name: plain(value.float()) for name, value in checkpoint.adapter.items()}
-    tensors.update({_OPTIMIZER + name: plain(value) for name, value in checkpoint.optimizer.items()})
+    tensors = {_ADAPTER + name: value.float() for name, value in checkpoint.adapter.items()}
+    tensors.update({_OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()})
     facts = _note(checkpoint) | {
         "format": _FORMAT,
         "applied": dict(checkpoint.applied),
         "extra": dict(checkpoint.extra),
     }
-    save_file(tensors, path, metadata={"fedsea": json.dumps(facts)})
+    save_file(plain(tensors), path, metadata={"fedsea": json.dumps(facts)})
 
 
 def _read(path: Path) -> Checkpoint:
@@ -114,7 +114,15 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(adapter=adapter, optimizer=optimizer, **facts)
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """As safetensors takes it: on the CPU, contiguous, nobody's view."""
-    plain = tensor.detach().to("cpu").contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() != plain.nbytes else plain
+def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As safetensors takes them: on the CPU, contiguous, no two in one storage and none a part of a larger one."""
+    out: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage()
+        if storage.nbytes() != value.nbytes or storage.data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        out[name] = value
+    return out

@@ -39,7 +39,7 @@ def export_peft(
     if strangers:
         raise ValueError(f"no LoRA tensor of the whole model: {strangers[0]}")
     _check_folder(out)
-    contents = {name: plain(value.float()) for name, value in tensors.items()}
+    contents = plain({name: value.float() for name, value in tensors.items()})
     write_bytes_atomic(out / _WEIGHTS, save(contents, metadata={"format": "pt"}), _MODE)
     write_bytes_atomic(out / _CONFIG, _config(recipe, base_model, fan_in_fan_out), _MODE)
     write_bytes_atomic(out / "README.md", _readme(recipe, base_model).encode(), _MODE)

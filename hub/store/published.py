@@ -40,7 +40,7 @@ class PublishedAdapter:
         """The float32 tensors by absolute peft names. StoreError when the file is not what was written."""
         from safetensors.torch import load_file
 
-        reason = fault(self._entry())
+        reason = fault(self.path, self.sha256, self.bytes)
         if reason is None:
             try:
                 loaded: dict[str, torch.Tensor] = load_file(self.path)
@@ -48,9 +48,6 @@ class PublishedAdapter:
             except (SafetensorError, OSError) as error:
                 reason = f"cannot be read ({error})"
         raise StoreError(f"the published adapter {self.path} {reason}")
-
-    def _entry(self) -> Entry:
-        return Entry(self.version, self.path, self.sha256, self.bytes, self.published_at, {})
 
 
 class AdapterStore:
@@ -98,7 +95,7 @@ def _published(entry: Entry) -> PublishedAdapter:
 def _write(path: Path, tensors: Mapping[str, torch.Tensor], note: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    contents = {name: plain(value.float()) for name, value in tensors.items()}
+    contents = plain({name: value.float() for name, value in tensors.items()})
     save_file(contents, path, metadata={"format": "pt", "fedsea": json.dumps(note)})
 
 

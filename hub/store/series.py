@@ -96,12 +96,12 @@ class Series:
             db.executemany(sql, [(self._stem, number) for number in numbers])
 
 
-def fault(entry: Entry) -> str | None:
-    """What is wrong with the file of an entry; None if it is as it was written."""
+def fault(path: Path, sha256: str, size: int) -> str | None:
+    """What is wrong with a file that was listed with this hash and size; None if it is as it was written."""
     try:
-        if entry.path.stat().st_size != entry.bytes:
+        if path.stat().st_size != size:
             return "is not as long as it was written"
-        if _digest(entry.path) != entry.sha256:
+        if _digest(path) != sha256:
             return "is not what was written"
     except FileNotFoundError:
         return "is missing"

@@ -1,6 +1,7 @@
 """What both sides show people: figures as text, a journal, and a live view that becomes plain lines off a terminal."""
 
+from messaging.console.curve import Curve
 from messaging.console.journal import Journal
 from messaging.console.live import LiveView, View
 
-__all__ = ["Journal", "LiveView", "View"]
+__all__ = ["Curve", "Journal", "LiveView", "View"]

@@ -126,6 +126,8 @@ def _resample(values: Sequence[float], width: int) -> list[float]:
     """At most `width` means of neighbouring values."""
     if len(values) <= width:
         return list(values)
+    if width <= 0:
+        return []
     edges = [len(values) * at // width for at in range(width + 1)]
     return [sum(values[start:stop]) / (stop - start) for start, stop in itertools.pairwise(edges)]
 

@@ -79,6 +79,7 @@ class LiveView(Generic[S]):
             self._display = _Lines(self._printer, view, journal, plain_every_s)
         else:
             self._display = _Screen(self._printer, view, journal)
+        self._showing = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-view", daemon=True)
 
@@ -98,11 +99,10 @@ class LiveView(Generic[S]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        gave_up = self._stop.is_set()
         self._stop.set()
         try:
             self._thread.join(_LAST_SNAPSHOT_S)
-            if not gave_up and not self._thread.is_alive():
+            if not self._thread.is_alive():
                 self._tick()
         finally:
             # The view must not end the work: a terminal that is gone has nothing to restore.
@@ -117,12 +117,19 @@ class LiveView(Generic[S]):
         try:
             snapshot = self._snapshot()
             self._write_dump(snapshot)
-            self._display.show(snapshot)
+            if self._showing:
+                self._display.show(snapshot)
         except Exception as error:
-            self._stop.set()
-            with suppress(Exception):
-                self._display.close()
-            self._journal.log(f"the live view stopped ({error!r}); the work and these lines go on")
+            self._stop_showing(error)
+
+    def _stop_showing(self, error: Exception) -> None:
+        """Give the terminal back, and say why, once; the dump goes on."""
+        if not self._showing:
+            return
+        self._showing = False
+        with suppress(Exception):
+            self._display.close()
+        self._journal.log(f"the live view stopped ({error!r}); the work and these lines go on")
 
     def _write_dump(self, snapshot: S) -> None:
         if self._dump is None:

@@ -1,7 +1,8 @@
 """The pieces that the views are put together from: a frame, labelled rows that wrap, a table, bars.
 
 Everything is laid out by hand into one `Text`: several times cheaper than rich's tables and panels, and
-this is drawn twice a second beside the work. No markup is parsed, so that nobody's name is read as markup.
+this is drawn twice a second beside the work. Every text is cleaned here and none is parsed: nobody's name is
+read as markup or as an escape sequence.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ def phase_style(phase: str) -> str:
     return GOOD if word in _GOOD_WORDS else BAD if word in _BAD_WORDS else WAIT
 
 
+def clean(text: Text) -> Text:
+    """The text without control characters, in the same colours."""
+    if not text.plain.isprintable():
+        text = text.copy()
+        text.plain = printable(text.plain)
+    return text
+
+
 def piece(label: str, value: str, style: str = "") -> Text:
     """A figure with its name before it in grey."""
     return Text.assemble((f"{label} ", DIM), (value, style))
@@ -56,8 +65,9 @@ def piece(label: str, value: str, style: str = "") -> Text:
 
 def row(label: str, pieces: Sequence[Text], width: int, tab: int = _TAB) -> list[Text]:
     """The pieces after a label, on as many lines as they need."""
-    lines = [Text(label.ljust(LABEL), DIM)]
-    for at, item in enumerate(pieces):
+    # Appended, not Text(label, DIM): that would make the whole line grey.
+    lines = [Text().append(label.ljust(LABEL), DIM)]
+    for at, item in enumerate(map(clean, pieces)):
         line = lines[-1]
         used = line.cell_len
         start = used if used <= LABEL else LABEL + -(-(used + _GAP - LABEL) // tab) * tab
@@ -85,7 +95,7 @@ def _table_line(columns: Sequence[Column], cells: Sequence[Text]) -> Text:
     line = Text()
     for at, (column, cell) in enumerate(zip(columns, cells, strict=True)):
         line.append(" " * (2 if at else 0))
-        cut = fit(cell, column.width)
+        cut = fit(clean(cell), column.width)
         blank = " " * (column.width - cut.cell_len)
         if not column.words:
             line.append(blank)
@@ -108,8 +118,8 @@ def log_lines(log: Sequence[str], count: int) -> list[Text]:
     """The last lines of the log, the time in grey."""
     lines = []
     for entry in log[-count:] if count > 0 else []:
-        time, _, message = printable(entry).partition(" ")
-        lines.append(Text.assemble((time, DIM), " ", message))
+        time, _, message = entry.partition(" ")
+        lines.append(clean(Text.assemble((time, DIM), " ", message)))
     return lines
 
 
@@ -124,8 +134,8 @@ class Section:
 def frame(title: Text, status: Text, sections: Sequence[Section], width: int) -> Text:
     """A box: what this is at the top left, how it is at the top right, then the sections."""
     inner = inner_width(width)
-    status = fit(status, inner // 2)
-    title = fit(title, inner - status.cell_len - 2)
+    status = fit(clean(status), inner // 2)
+    title = fit(clean(title), inner - status.cell_len - 2)
     fill = inner - title.cell_len - status.cell_len - 2
     box = Text(no_wrap=True, overflow="crop", end="")
     box.append("╭ ", DIM).append_text(title).append(f" {'─' * fill} ", DIM).append_text(status).append(" ╮\n", DIM)

@@ -56,6 +56,11 @@ def test_every_line_fills_the_frame_and_none_sticks_out(snapshot, width):
     assert {cell_len(line) for line in drawn(snapshot, width, 40)} == {min(width, 120)}
 
 
+@pytest.mark.parametrize("width", [1, 10, 20, 30])
+def test_a_tiny_terminal_is_no_error(width):
+    assert all(cell_len(line) <= width for line in drawn(SNAPSHOT, width, 5))
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_figures_are_there(width):
     text = "\n".join(drawn(SNAPSHOT, width, 60))
@@ -125,3 +130,10 @@ def test_a_snapshot_survives_its_file(tmp_path):
     assert from_fields(read_snapshot(path)) == SNAPSHOT
     write_snapshot(path, dataclasses.replace(SNAPSHOT, losses=(1.0, math.nan)))
     assert math.isnan(from_fields(read_snapshot(path)).losses[1])
+
+
+def test_names_are_grey_and_figures_are_not():
+    view, console = VIEW.render(SNAPSHOT, 80, 23), Console(file=io.StringIO())
+    at = view.plain.index("scale 0.020")
+    assert view.get_style_at_offset(console, at).dim
+    assert not view.get_style_at_offset(console, at + len("scale ")).dim

@@ -66,6 +66,11 @@ def test_every_line_fills_the_frame_and_none_sticks_out(snapshot, width):
     assert {cell_len(line) for line in drawn(snapshot, width, 40)} == {min(width, 120)}
 
 
+@pytest.mark.parametrize("width", [1, 10, 20, 30])
+def test_a_tiny_terminal_is_no_error(width):
+    assert all(cell_len(line) <= width for line in drawn(SNAPSHOT, width, 5))
+
+
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_figures_are_there(width):
     text = "\n".join(drawn(SNAPSHOT, width, 60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import zmq
 from messaging.access import Gatekeeper
 from messaging.edge_transport import EdgeTransport
 from messaging.keys import new_keys
-from messaging.transport import Channel, ConnectFailed, Connected, FailReason, LinkEvent
+from messaging.transport import Channel, Connected, ConnectFailed, FailReason, LinkEvent
 
 FirstEvent = Callable[[EdgeTransport], LinkEvent]
 
@@ -51,9 +52,10 @@ def test_another_hub_key_is_told_apart(hub, first_event: FirstEvent) -> None:
 
 
 def test_nobody_there_is_told_apart(hub, first_event: FirstEvent) -> None:
-    address = hub.address
-    hub.transport.close()
-    assert first_event(hub.edge(new_keys(), address)) == ConnectFailed(Channel.CTL, FailReason.UNREACHABLE)
+    with socket.socket() as closed:  # bound, but not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        address = replace(hub.address, ctl=closed.getsockname()[1])
+        assert first_event(hub.edge(new_keys(), address)) == ConnectFailed(Channel.CTL, FailReason.UNREACHABLE)
 
 
 def test_the_enrol_socket_takes_every_key(hub, first_event: FirstEvent) -> None:

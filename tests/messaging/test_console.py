@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
-from messaging.console import Journal, LiveView, View
-from messaging.console.curve import Curve
+from messaging.console import Curve, Journal, LiveView, View
 from messaging.console.dump import read_snapshot, write_snapshot
 from messaging.console.figures import (
     byte_rate,
@@ -146,7 +146,7 @@ class Count:
 
 
 VIEW = View(
-    render=lambda count, width, height: f"step {count.step} in {width}x{height}",
+    render=lambda count, width, height: Text(f"step {count.step} in {width}x{height}"),
     plain_line=lambda count: f"step {count.step}",
     progress=lambda count: count.step,
 )
@@ -160,6 +160,10 @@ class Terminal(io.StringIO):
 
 
 class Pipe(io.StringIO):
+    encoding = "utf-8"
+
+
+class OldTerminal(Terminal):
     encoding = "ascii"
 
 
@@ -213,18 +217,25 @@ def test_what_is_logged_after_the_view_is_printed():
     assert file.getvalue().endswith(" saved to state/\n")
 
 
-def test_a_failing_view_ends_itself_and_not_the_work():
+def test_a_failing_snapshot_is_said_once_and_does_not_end_the_work():
+    file = Pipe()
+    with LiveView(lambda: Count(1 // 0), VIEW, Journal(), console=Console(file=file), period_s=0.01):
+        time.sleep(0.05)
+    assert file.getvalue().count("ZeroDivisionError") == 1
+
+
+def test_a_failing_view_ends_itself_and_not_the_work(tmp_path):
     file, journal, steps = Terminal(), Journal(), [0]
-
-    def snapshot():
-        return Count(1 // (1 - steps[0]))
-
-    with LiveView(snapshot, VIEW, journal, console=terminal_console(file), period_s=0.01):
+    view = View(lambda count, width, height: Text(f"{1 // (1 - count.step)}"), VIEW.plain_line, VIEW.progress)
+    status = tmp_path / "status.json"
+    with LiveView(lambda: Count(steps[0]), view, journal, console=terminal_console(file), period_s=0.01, dump=status):
         steps[0] = 1
         wait_for(lambda: "live view stopped" in file.getvalue())
         journal.log("still at work")
+        steps[0] = 5
     assert file.getvalue().endswith(" still at work\n")
-    assert "ZeroDivisionError" in file.getvalue()
+    assert file.getvalue().count("ZeroDivisionError") == 1
+    assert read_snapshot(status)["step"] == 5
     assert file.getvalue().rindex(SHOW_CURSOR) > file.getvalue().rindex(HIDE_CURSOR)
     assert not view_threads()
 
@@ -240,10 +251,12 @@ def test_a_new_terminal_size_starts_on_an_empty_screen():
 
 
 @pytest.mark.parametrize(
-    ("file", "headless"), [(Pipe(), False), (Terminal(), True)], ids=["not a terminal", "headless"]
+    ("kind", "headless"),
+    [(Pipe, False), (Terminal, True), (OldTerminal, False)],
+    ids=["not a terminal", "headless", "a terminal without the characters"],
 )
-def test_plain_lines_elsewhere(file, headless):
-    steps, journal = [0], Journal()
+def test_plain_lines_elsewhere(kind, headless):
+    file, steps, journal = kind(), [0], Journal()
     journal.log("before")
     # FORCE_COLOR has the effect of force_terminal: a pipe is a pipe all the same.
     view = LiveView(

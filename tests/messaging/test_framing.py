@@ -192,7 +192,7 @@ LIMITS = [
     (8, [[1, 1, 1, True]], "size"),
     (8, [[1, 1, 1, -512]], "size"),
     (8, [[1, 1 << 40, 1, 1]], "size"),
-    (8, [[1, 1 << 15, 1 << 15, 1]], "bytes"),
+    (8, [[1, 1 << 15, 1 << 15, 1]], "at most"),
     (8, [[1, 1, 1, 513]], "bytes"),
     (8, [[1, 1, 1, 511]], "bytes"),
     (8, [[2, 1, 1, 512]], "bytes"),
@@ -351,5 +351,5 @@ def test_frames_dropped_doubled_or_strange(packet: Packet, place: int, strange: 
     frames = encode(packet)
     at = place % len(frames)
     decodes_or_refuses(frames[:at] + frames[at + 1 :])
-    decodes_or_refuses(frames[:at] + [strange] + frames[at:])
+    decodes_or_refuses([*frames[:at], strange, *frames[at:]])
     decodes_or_refuses([*frames[: at + 1], *frames[at:]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from pathlib import Path
 
 import msgpack
@@ -85,11 +86,8 @@ def test_what_is_no_join_string(text: str) -> None:
 @given(st.integers(8, 150), st.text(max_size=3))
 def test_damaged_in_copying(place: int, noise: str) -> None:
     text = join().encode()
-    damaged = text[:place] + noise + text[place + 1 :]
-    try:
-        JoinString.parse(damaged)
-    except InputError as error:
-        assert "join string" in str(error)
+    with contextlib.suppress(InputError):
+        JoinString.parse(text[:place] + noise + text[place + 1 :])
 
 
 def test_from_a_file(tmp_path: Path) -> None:

@@ -68,7 +68,15 @@ def test_damaged_files(tmp_path: Path) -> None:
     good = path.read_bytes()
     one, other = new_keys(), new_keys()
     swapped = f"fedsea key 1\npublic {one.public}\nsecret {other.secret}\n".encode()
-    for content in (b"", good[:-1], good[:-20] + b"\n", good + b"x", b"\xff" * 90, good.replace(b"1", b"2", 1), swapped):
+    for content in (
+        b"",
+        good[:-1],
+        good[:-20] + b"\n",
+        good + b"x",
+        b"\xff" * 90,
+        good.replace(b"1", b"2", 1),
+        swapped,
+    ):
         path.write_bytes(content)
         with pytest.raises(KeyFileError):
             load_keys(path)

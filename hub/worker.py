@@ -1,0 +1,152 @@
+"""The compute thread: carries out one action at a time on the engine, and reports what came of it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from blocks import adapters
+from hub.aggregate import Contribution
+from hub.engine import Engine
+from hub.jobs import EdgeAdapter
+from hub.scheduler import actions as act
+from hub.scheduler import events as ev
+from hub.store.checkpoints import Checkpoint
+from hub.store.state import HubState
+from messaging.errors import ProtocolError
+from messaging.messages import Recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint needs to know besides tensors; `applied` counts steps by edge key."""
+
+    hub_step: int
+    round: int
+    round_step: int
+    version: int
+    applied: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The compute thread died of an exception; the hub cannot go on."""
+
+    error: BaseException
+
+
+class Worker:
+    """Runs compute actions in a thread of its own; `report` is called there with the event that follows."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        state: HubState,
+        recipe: Recipe,
+        published: Mapping[str, torch.Tensor],
+        report: Callable[[ev.Event | Failure], None],
+    ) -> None:
+        self.engine = engine
+        self._state = state
+        self._recipe = recipe
+        self._published = dict(published)
+        self._report = report
+        self._jobs: queue.SimpleQueue[tuple[act.Compute, Progress, set[int]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take jobs."""
+        self._thread.start()
+
+    def put(self, action: act.Compute, progress: Progress, pinned: set[int]) -> None:
+        """Queue an action. `progress` as of now; `pinned`: adapter versions that sessions still use."""
+        self._jobs.put((action, progress, pinned))
+
+    def stop(self) -> None:
+        """Wait for the job under way, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                event = self._carry_out(*job)
+            except BaseException as error:
+                self._report(Failure(error))
+                return
+            self._report(event)
+
+    def _carry_out(self, action: act.Compute, progress: Progress, pinned: set[int]) -> ev.Event:
+        match action:
+            case act.RunForward():
+                return ev.ForwardDone(self.engine.step_forward([item for _, item in action.payloads]))  # type: ignore[misc]
+            case act.RunBackward():
+                return ev.BackwardDone(self.engine.step_backward(action.gradients))
+            case act.RunInfer():
+                outcomes = self.engine.infer([item for _, _, item in action.requests])  # type: ignore[misc]
+                pairs = zip(action.requests, outcomes, strict=True)
+                return ev.InferDone(tuple((session, request, outcome) for (session, request, _), outcome in pairs))
+            case act.CloseRound():
+                return self._close_round(action, progress, pinned)
+            case act.FreeStreams():
+                for session, stream in action.streams:
+                    if stream:
+                        self.engine.close_stream(session, stream)
+                    else:
+                        self.engine.close_session(session)
+                return ev.HousekeepingDone()
+
+    def _close_round(self, action: act.CloseRound, progress: Progress, pinned: set[int]) -> ev.Event:
+        parts = [self._contribution(upload) for upload in action.uploads if isinstance(upload, EdgeAdapter)]
+        merged = self.engine.close_round(self._published, parts)
+        self._state.adapters.publish(action.version, action.round + 1, merged, self._recipe, pinned)
+        closed = Progress(progress.hub_step, action.round + 1, 0, action.version, progress.applied)
+        self.save(closed)
+        self.engine.publish(action.version, merged, pinned)
+        self._published = merged
+        return ev.RoundPublished(action.version)
+
+    def _contribution(self, upload: EdgeAdapter) -> Contribution:
+        names = self.engine.names
+        mine = {
+            name: value
+            for name, value in upload.tensors.items()
+            if not upload.place.enter <= adapters.layer_of(name, names) < upload.place.leave
+        }
+        return Contribution(mine, dict.fromkeys(mine, upload.tokens))
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of B's adapter and optimizer. Call from here, or when the thread has ended."""
+        self._state.checkpoints.save(
+            Checkpoint(
+                hub_step=progress.hub_step,
+                round=progress.round,
+                round_step=progress.round_step,
+                version=progress.version,
+                applied=progress.applied,
+                adapter=self.engine.trained(),
+                optimizer=self.engine.optimizer.state(),
+                extra={"layer_tokens": self.engine.layer_tokens},
+            )
+        )
+
+
+def parse_upload(data: bytes, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An edge's adapter file, checked: known names, float32, right shapes, finite. Raises ProtocolError."""
+    try:
+        tensors = load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ProtocolError(f"the uploaded adapter is no safetensors file: {error}") from error
+    for name, value in tensors.items():
+        want = expected.get(name)
+        if want is None or value.shape != want.shape or value.dtype != torch.float32:
+            raise ProtocolError(f"the uploaded adapter holds {name[:200]!r}, which does not fit this model and rank")
+        if not bool(torch.isfinite(value).all()):
+            raise ProtocolError(f"the uploaded adapter holds values in {name} that are not finite")
+    return tensors

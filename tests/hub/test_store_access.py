@@ -1,0 +1,220 @@
+"""Keys, names and tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hub.store.access import clean_name
+from hub.store.state import HubState
+from messaging.errors import InputError, Refused
+from messaging.keys import new_keys
+
+ROOT = Path(__file__).parents[2]
+
+
+class Clock:
+    """The time, as a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def state(tmp_path: Path, clock: Clock) -> Iterator[HubState]:
+    with HubState.open(tmp_path / "state", exclusive=True, clock=clock) as opened:
+        yield opened
+
+
+def key() -> str:
+    return new_keys().public
+
+
+def test_a_token_enrols_its_number_of_keys(state: HubState) -> None:
+    token = state.access.invite(uses=2)
+    first, second = key(), key()
+    assert state.access.name_of(first) is None
+    assert state.access.enrol(token, first, "clinic") == "clinic"
+    assert state.access.name_of(first) == "clinic"
+    assert state.access.enrol(token, second, "clinic") == "clinic-2"
+    with pytest.raises(Refused, match="used up"):
+        state.access.enrol(token, key(), "third")
+    assert [(edge.key, edge.name) for edge in state.access.edges()] == [(first, "clinic"), (second, "clinic-2")]
+
+
+def test_unknown_and_expired_tokens_are_refused(state: HubState, clock: Clock) -> None:
+    with pytest.raises(Refused, match="does not know"):
+        state.access.enrol(b"", key(), "a")
+    token = state.access.invite()
+    clock.now += 600
+    with pytest.raises(Refused, match="expired"):
+        state.access.enrol(token, key(), "a")
+    assert state.access.edges() == []
+    clock.now -= 0.001
+    assert state.access.enrol(token, key(), "a") == "a"
+
+
+def test_a_refusal_for_a_token_long_gone(state: HubState, clock: Clock) -> None:
+    token = state.access.invite()
+    clock.now += 29 * 86400
+    state.access.invite()
+    with pytest.raises(Refused, match="expired"):
+        state.access.enrol(token, key(), "a")
+    clock.now += 2 * 86400
+    state.access.invite()
+    with pytest.raises(Refused, match="does not know"):
+        state.access.enrol(token, key(), "a")
+
+
+def test_an_enrolled_key_needs_no_token(state: HubState) -> None:
+    mine = key()
+    token = state.access.invite(uses=2)
+    state.access.enrol(token, mine, "clinic")
+    assert state.access.enrol(token, mine, "another name") == "clinic"
+    assert state.access.enrol(b"nonsense", mine, "clinic") == "clinic"
+    assert state.access.enrol(token, key(), "b") == "b"  # the repetition cost no use
+
+
+def test_a_revoked_key_stays_out_for_ever_and_its_name_taken(state: HubState) -> None:
+    mine = key()
+    token = state.access.invite(uses=5)
+    state.access.enrol(token, mine, "clinic")
+    first = state.access.revoke("clinic")
+    assert first.revoked_at is not None
+    assert state.access.name_of(mine) is None
+    with pytest.raises(Refused, match="revoked"):
+        state.access.enrol(token, mine, "clinic")
+    assert state.access.enrol(token, key(), "clinic") == "clinic-2"
+    assert state.access.revoke("clinic") == first
+
+
+def test_revoking_nobody_names_those_there_are(state: HubState) -> None:
+    with pytest.raises(InputError, match="there are: none"):
+        state.access.revoke("clinic")
+    token = state.access.invite(uses=3)
+    for name in ("b", "a", "gone"):
+        state.access.enrol(token, key(), name)
+    state.access.revoke("gone")
+    with pytest.raises(InputError, match=r"no edge is called 'c'; there are: a, b$"):
+        state.access.revoke("c")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("clinic.north_2", "clinic.north_2"),
+        ("Hôpital Nord", "Hôpital-Nord"),
+        ("\x1b[31mred\n\n", "31mred"),
+        ("--help", "help"),
+        ("../..", "edge"),
+        ("", "edge"),
+        ("x" * 500, "x" * 48),
+    ],
+)
+def test_names_are_fit_for_a_terminal(given: str, kept: str) -> None:
+    assert clean_name(given) == kept
+
+
+def test_invitations_without_use_or_time_are_refused(state: HubState) -> None:
+    for uses, ttl in ((0, 600.0), (-1, 600.0), (1, 0.0), (1, float("nan"))):
+        with pytest.raises(InputError):
+            state.access.invite(uses, ttl)
+
+
+def test_the_token_itself_is_nowhere_on_the_disk(state: HubState) -> None:
+    token = state.access.invite()
+    content = b"".join(path.read_bytes() for path in state.folder.iterdir())
+    assert token not in content
+    assert token.hex().encode() not in content
+
+
+def test_threads_that_race_for_one_use(state: HubState) -> None:
+    for _ in range(10):
+        token = state.access.invite()
+        start = threading.Barrier(4)
+        outcomes: list[str] = []
+
+        def join(token: bytes = token, start: threading.Barrier = start, outcomes: list[str] = outcomes) -> None:
+            start.wait()
+            try:
+                outcomes.append(state.access.enrol(token, key(), "racer"))
+            except Refused:
+                outcomes.append("refused")
+
+        threads = [threading.Thread(target=join) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcome == "refused" for outcome in outcomes) == [False, True, True, True]
+    names = [edge.name for edge in state.access.edges()]
+    assert len(set(names)) == len(names) == 10
+
+
+def test_refresh_says_when_the_list_changed(state: HubState) -> None:
+    mine = key()
+    with HubState.open(state.folder, exclusive=False) as other:
+        assert not state.access.refresh()
+        token = other.access.invite()
+        assert not state.access.refresh()  # a commit, but not of a key
+        other.access.enrol(token, mine, "clinic")
+        assert state.access.refresh()
+        assert state.access.name_of(mine) == "clinic"
+        state.access.record_seen([mine])
+        assert not state.access.refresh()
+        assert other.access.edges()[0].last_seen == 1_000_000.0
+
+
+def test_a_look_up_waits_for_no_writer(state: HubState) -> None:
+    mine = key()
+    state.access.enrol(state.access.invite(), mine, "clinic")
+    with state._database.transaction() as db:
+        db.execute("UPDATE keys SET revoked_at = 1")
+        began = time.monotonic()
+        state.access.refresh()
+        assert state.access.name_of(mine) == "clinic"
+        assert time.monotonic() - began < 1
+    state.access.refresh()
+    assert state.access.name_of(mine) is None
+
+
+def test_revoking_in_another_process_takes_effect_within_a_second(state: HubState) -> None:
+    token = state.access.invite(uses=2)
+    bad, good = key(), key()
+    state.access.enrol(token, bad, "bad")
+    state.access.enrol(token, good, "good")
+    seen: list[float] = []
+
+    def look() -> None:  # as the hub's I/O thread does, for every message
+        deadline = time.monotonic() + 20
+        while state.access.name_of(bad) is not None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        seen.append(time.monotonic())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    code = (
+        "import sys, time, pathlib\nfrom hub import admin\n"
+        "admin.revoke(pathlib.Path(sys.argv[1]), 'bad')\nprint(time.monotonic())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(state.folder)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    thread.join()
+    assert seen[0] - float(done.stdout) < 1.0
+    assert state.access.name_of(bad) is None
+    assert state.access.name_of(good) == "good"
