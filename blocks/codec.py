@@ -17,7 +17,7 @@ assert set(_TORCH) == set(DTYPES)
 def to_wire(tensor: torch.Tensor) -> Tensor:
     """A tensor's bytes, little-endian in C order; the buffers share its memory (copied only from a GPU)."""
     flat = tensor.detach().to("cpu").contiguous()
-    data = memoryview(flat.view(torch.uint8).numpy().reshape(-1)) if flat.numel() else memoryview(b"")
+    data = memoryview(flat.view(-1).view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
     chunks = tuple(data[at : at + MAX_FRAME_BYTES] for at in range(0, len(data), MAX_FRAME_BYTES))
     return Tensor(_NAMES[flat.dtype], tuple(flat.shape), chunks)
 

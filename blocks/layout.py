@@ -26,6 +26,7 @@ FROM = 2
 SEGMENTS = 3
 
 MAX_INTS_PER_ROW = 64
+_MAX_POSITION = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Layout:
     @classmethod
     def from_ints(cls, ints: Sequence[int], rows: int, past: int, width: int) -> Layout:
         """Undo `to_ints`. Raises ProtocolError on anything that describes no batch of this shape."""
+        if rows < 1 or width < 1 or past < 0:
+            raise ProtocolError(f"layout: a batch of {rows} rows, {past} + {width} positions")
         if not ints:
             return cls(rows, past, width)
         rule, at = ints[0], 1
@@ -238,6 +241,6 @@ def _take(ints: Sequence[int], at: int) -> tuple[tuple[int, ...], int]:
         raise ProtocolError("layout: cut short")
     end = at + 1 + ints[at]
     row = tuple(ints[at + 1 : end])
-    if any(n < 0 for n in row):
-        raise ProtocolError("layout: negative length")
+    if any(not 0 <= n <= _MAX_POSITION for n in row):
+        raise ProtocolError("layout: a length or position that no row has")
     return row, end

@@ -37,16 +37,19 @@ class AdapterOptimizer:
         )
         self.steps = 0
 
-    def step(self, tokens: int) -> float:
-        """Divide the gradients of a summed loss by `tokens`, clip, step, clear. Returns the norm before clipping.
+    def step(self, tokens: int | Mapping[str, int]) -> float:
+        """Divide the gradients of a summed loss by the target tokens behind them, clip, step, clear.
 
-        A norm that is not finite changes nothing but the gradients, which are dropped; so does no token at all.
+        tokens: one count, or one per name where the rows of a batch pass different layers; a parameter without
+        tokens has no gradient. Returns the norm before clipping. A norm that is not finite changes nothing but
+        the gradients, which are dropped.
         """
-        with_grad = [p for p in self._parameters.values() if p.grad is not None]
+        with_grad, counts = self._with_gradient(tokens)
         norm = 0.0
-        if with_grad and tokens:
-            torch._foreach_div_([p.grad for p in with_grad], tokens)
-            norm = float(nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None]))
+        if with_grad:
+            grads = [p.grad for p in with_grad if p.grad is not None]
+            torch._foreach_div_(grads, counts)
+            norm = float(nn.utils.get_total_norm(grads))
             if math.isfinite(norm):
                 if math.isfinite(self._schedule.clip_norm):
                     nn.utils.clip_grads_with_norm_(with_grad, self._schedule.clip_norm, torch.tensor(norm))
@@ -55,6 +58,19 @@ class AdapterOptimizer:
                 self.steps += 1
         self._adam.zero_grad(set_to_none=True)
         return norm
+
+    def _with_gradient(self, tokens: int | Mapping[str, int]) -> tuple[list[nn.Parameter], list[float]]:
+        """The parameters that this step trains, and the tokens behind each; the others lose their gradient."""
+        chosen: list[nn.Parameter] = []
+        counts: list[float] = []
+        for name, parameter in self._parameters.items():
+            count = tokens if isinstance(tokens, int) else tokens.get(name, 0)
+            if parameter.grad is None or not count:
+                parameter.grad = None
+                continue
+            chosen.append(parameter)
+            counts.append(float(count))
+        return chosen, counts
 
     def _warm_up(self) -> None:
         warmup = self._schedule.warmup_steps

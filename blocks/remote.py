@@ -129,12 +129,18 @@ class _Call:
 
 
 class RemoteBlocks(nn.Module):
-    """Sends smashed, returns hidden. Trains when gradients flow in training mode, else infers."""
+    """Sends smashed, returns hidden.
+
+    A training step while `learning` is set and gradients are enabled, inference otherwise. It is not torch's
+    training mode that says so: the model stays in eval(), because nothing drops out in training either.
+    """
 
     def __init__(self, local_index: int, noise: Noise | None = None) -> None:
         super().__init__()
         self._middle: Middle | None = None
         self.noise = noise
+        #: set by whoever trains, around the forwards that a backward follows
+        self.learning = False
         self.local_index = local_index
         self._call = _Call(None, None)
         self._returns_tuple = False
@@ -171,7 +177,7 @@ class RemoteBlocks(nn.Module):
         smashed = hidden_states
         if self.noise is not None:
             smashed = self.noise(smashed, layout.real())
-        if self.training and torch.is_grad_enabled():
+        if self.learning and torch.is_grad_enabled():
             anchor = smashed if smashed.requires_grad else smashed.detach().requires_grad_()
             hidden = _Step.apply(anchor, self.middle, layout)
         else:

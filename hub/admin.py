@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hub.monitor.snapshot import HubSnapshot, from_fields
+from hub.monitor.view import render
 from hub.store.access import TOKEN_TTL_S
 from hub.store.state import HubState
 from messaging.errors import InputError
@@ -25,6 +27,12 @@ Data = dict[str, Any]
 
 #: A running hub writes its status each second; after this long without, it hangs or is stopped.
 _SILENT_S = 5.0
+
+#: More than any hub's screen: a printed status need not fit the terminal's height.
+_SCREEN_LINES = 10_000
+
+#: A file or a pipe has no width: enough for every column, sigma and r of the noise among them.
+_PIPE_COLUMNS = 120
 
 
 def invite(folder: Path, uses: int = 1, ttl_s: float = TOKEN_TTL_S) -> Data:
@@ -81,14 +89,17 @@ def show_revoke(data: Data, console: Console) -> None:
 
 
 def status(folder: Path) -> Data:
-    """What the hub says of itself (`live`, as it wrote it last), what is stored, and whether it runs."""
+    """Whether a hub runs, what it said of itself last (`live`: a `HubSnapshot`), and what is stored."""
     with HubState.open(folder, exclusive=False) as state:
-        running, live = state.running(), state.read_status()
-        age = time.time() - live["written_at"] if live and "written_at" in live else None
+        running, live = state.running(), state.read_status() or {}
+        written_at, process = live.pop("written_at", None), live.pop("process", None)
+        age = time.time() - written_at if running and written_at is not None else 0.0
         full = {
             "running": running,
-            "silent_s": age if running and age is not None and age > _SILENT_S else None,
-            "live": live,
+            "silent_s": age if age > _SILENT_S else None,
+            "process": process,
+            "written_at": written_at,
+            "live": live or None,
             "stored": _stored(state),
         }
         finite: Data = _finite(full)
@@ -96,21 +107,22 @@ def status(folder: Path) -> Data:
 
 
 def show_status(data: Data, console: Console) -> None:
-    """What runs, what is stored, and the rest of what the hub says, line by line."""
+    """What is stored, and below it the screen of the hub if one runs."""
     stored = data["stored"]
-    console.print(_headline(data), highlight=False)
+    lines = [_headline(data)]
     if stored["model"]:
-        console.print(f"model       {escape(stored['model']['name'])}", highlight=False)
-    console.print(f"edges       {stored['edges']} enrolled, {stored['revoked']} revoked", highlight=False)
+        lines.append(f"model       {stored['model']['name']}")
+    lines.append(f"edges       {stored['edges']} enrolled, {stored['revoked']} revoked")
     if point := stored["checkpoint"]:
         when = _clock_time(point["written_at"])
-        console.print(f"checkpoint  step {point['hub_step']}, round {point['round']}, written {when}", highlight=False)
+        lines.append(f"checkpoint  step {point['hub_step']}, {_many(point['round'], 'round')} done, written {when}")
     if adapter := stored["adapter"]:
-        when = _clock_time(adapter["published_at"])
-        console.print(f"adapter     version {adapter['version']}, published {when}", highlight=False)
-    for key, value in (data["live"] or {}).items():
-        if key not in ("written_at", "process"):
-            console.print(f"{key:<11} {_plain_text(value)}", markup=False, highlight=False)
+        lines.append(f"adapter     version {adapter['version']}, published {_clock_time(adapter['published_at'])}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if data["running"] and data["live"] and (snapshot := _snapshot(data["live"])):
+        width = console.width if console.is_terminal else max(console.width, _PIPE_COLUMNS)
+        console.print(render(snapshot, width, _SCREEN_LINES), soft_wrap=True)
 
 
 def export(folder: Path, out: Path) -> Data:
@@ -155,12 +167,20 @@ def _stored(state: HubState) -> Data:
 
 
 def _headline(data: Data) -> str:
-    live = data["live"]
+    who = "" if data["process"] is None else f" (process {data['process']})"
     if data["silent_s"] is not None:
-        return f"running (process {live['process']}), but silent for {data['silent_s']:.0f} s: it hangs or is stopped"
+        return f"running{who}, but silent for {data['silent_s']:.0f} s: it hangs or is suspended"
     if data["running"]:
-        return f"running (process {live['process']})" if live else "running"
-    return f"stopped; last heard of {_clock_time(live['written_at'])}" if live else "stopped"
+        return f"running{who}"
+    return "stopped" if data["written_at"] is None else f"stopped; last heard of {_clock_time(data['written_at'])}"
+
+
+def _snapshot(live: Data) -> HubSnapshot | None:
+    """What the hub wrote; None when that hub is of another version and says other things."""
+    try:
+        return from_fields(live)
+    except (TypeError, KeyError):
+        return None
 
 
 def _finite(value: Any) -> Any:
@@ -170,15 +190,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain_text(value: Any) -> str:
-    """A value of the live status on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return "; ".join(_plain_text(item) for item in value) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _many(count: int, what: str) -> str:

@@ -5,6 +5,7 @@ One thread owns an engine. It knows nothing of sockets, and nothing of why it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,16 +16,17 @@ from transformers import PreTrainedConfig
 from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
 from blocks.codec import from_wire, to_wire
+from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import LayerNames, load
 from blocks.weights import WeightSource
 from hub import ragged
 from hub.aggregate import Contribution, weighted_mean
-from hub.jobs import InferItem, Outcome, Place, StepItem
+from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import BatchCache, KvBudget, Member, StreamCache
-from messaging.errors import ErrorCode, FedseaError, HubError
+from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError
 
 _TRAIN = "training_copy"
 
@@ -67,7 +69,9 @@ class Engine:
         if self._batches:
             ragged.install(self._plain.cut.model)
             ragged.install(self._tuned.cut.model)
-        self.optimizer = AdapterOptimizer(adapters.parameters(self._tuned.cut, _TRAIN), settings.schedule)
+        trained = adapters.parameters(self._tuned.cut, _TRAIN)
+        self.optimizer = AdapterOptimizer(trained, settings.schedule)
+        self._layer_of = {name: adapters.layer_of(name, self.names) for name in trained}
         self.hidden_size = config.get_text_config().hidden_size
         self.num_layers = layers
         self.budget = KvBudget(settings.kv_bytes)
@@ -87,7 +91,7 @@ class Engine:
         good, parts = [], []
         for item in items:
             try:
-                states = self._received(item.smashed, item.layout.rows, item.layout.width)
+                states = self._states(item.smashed, item.layout, cached=False)
             except FedseaError as error:
                 out[item.session] = error
                 continue
@@ -111,35 +115,40 @@ class Engine:
         pending, self._pending = self._pending, None
         assert pending is not None
         out: dict[int, Outcome] = {}
-        roots, seeds, tokens, given = [], [], 0, []
+        roots, seeds, given = [], [], []
         for item, start, hidden in zip(pending.items, pending.inputs, pending.outputs, strict=True):
             grad = grads.get(item.session)
             if grad is None:
                 continue
             try:
-                seeds.append(self._received(grad, item.layout.rows, item.layout.width))
+                seeds.append(self._states(grad, item.layout, cached=False))
             except FedseaError as error:
                 out[item.session] = error
                 continue
             roots.append(hidden)
-            tokens += item.tokens
             given.append((item, start))
-            self._count_tokens(item.place, item.tokens)
         if roots:
             torch.autograd.backward(roots, seeds)
-        self.optimizer.step(tokens)
+        self._apply([item for item, _ in given])
         for item, start in given:
             assert start.grad is not None
             out[item.session] = to_wire(start.grad)
         return out
 
-    def drop_pending(self) -> None:
-        """Forget a forward whose gradients will never come."""
-        self._pending = None
+    def _apply(self, items: Sequence[StepItem]) -> None:
+        """Step the optimizer on the gradients of these items.
 
-    def _count_tokens(self, place: Place, tokens: int) -> None:
-        for layer in range(place.enter, place.leave):
-            self.layer_tokens[layer] += tokens
+        Each layer's gradient is divided by the tokens of the rows that passed it. At equal partitions that is
+        the cohort's count everywhere; at mixed ones it makes the hub's share of a layer weigh, in the mean over
+        all who trained the layer, what the edges behind it weigh.
+        """
+        passed = [
+            sum(item.tokens for item in items if item.place.enter <= layer < item.place.leave)
+            for layer in range(self.num_layers)
+        ]
+        norm = self.optimizer.step({name: passed[layer] for name, layer in self._layer_of.items()})
+        if math.isfinite(norm):
+            self.layer_tokens = [before + new for before, new in zip(self.layer_tokens, passed, strict=True)]
 
     def _run_joined(self, blocks: MiddleBlocks, parts: Sequence[Part]) -> list[torch.Tensor]:
         """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order."""
@@ -156,8 +165,10 @@ class Engine:
         mask = None if batch.mask is None else batch.mask.to(device)
         return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device))
 
-    def _received(self, tensor: object, rows: int, width: int) -> torch.Tensor:
-        shape = (rows, width, self.hidden_size)
+    def _states(self, tensor: object, layout: Layout, cached: bool) -> torch.Tensor:
+        if layout.past and not cached:
+            raise ProtocolError("only a stream of generation builds on cached positions")
+        shape = (layout.rows, layout.width, self.hidden_size)
         return from_wire(tensor, dtype=self.settings.dtype, shape=shape).to(self.settings.device)  # type: ignore[arg-type]
 
     # -- generation ----------------------------------------------------------------------------------
@@ -166,14 +177,15 @@ class Engine:
     def infer(self, items: Sequence[InferItem]) -> list[Outcome]:
         """Answer each request; those of equal width and adapter version run as one batch."""
         out: dict[int, Outcome] = {}
+        begun: set[tuple[int, int]] = set()
         ready: dict[tuple[int, int, bool], list[tuple[int, Part]]] = {}
         for index, item in enumerate(items):
             try:
-                states = self._received(item.smashed, item.layout.rows, item.layout.width)
+                states = self._states(item.smashed, item.layout, cached=item.stream != 0)
                 if item.version not in self._versions:
                     raise HubError(ErrorCode.BEHIND, f"adapter version {item.version} is no longer served: join again")
                 if item.stream:
-                    self._stream(item).prepare(item.layout.past, item.layout.rows, item.order)
+                    self._prepare(item, begun)
             except FedseaError as error:
                 out[index] = error
                 continue
@@ -194,7 +206,7 @@ class Engine:
         out: dict[int, Outcome] = {}
         batches = [group] if self._batches else [[one] for one in group]
         for batch in batches:
-            caches = [self._stream(items[index]) for index, _ in batch]
+            caches = [self._streams[_key(items[index])] for index, _ in batch]
             try:
                 hidden = self._run_streams(blocks, [part for _, part in batch], caches)
             except HubError as error:
@@ -205,6 +217,7 @@ class Engine:
                         out |= self._infer_cached(blocks, items, [one])
                 else:
                     out[batch[0][0]] = error
+                    self.close_stream(*_key(items[batch[0][0]]))
                 continue
             out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
         return out
@@ -237,11 +250,20 @@ class Engine:
             cache.past = part.layout.past + part.layout.width
         return split
 
-    def _stream(self, item: InferItem) -> StreamCache:
-        key = (item.session, item.stream)
-        if key not in self._streams:
-            self._streams[key] = StreamCache(self.num_layers - 1, self.budget)
-        return self._streams[key]
+    def _prepare(self, item: InferItem, begun: set[tuple[int, int]]) -> None:
+        """Bring the item's stream to where the item builds on; `begun` are those that this batch holds already."""
+        key = _key(item)
+        if key in begun:
+            raise HubError(ErrorCode.BUSY, "another request of this stream is in work")
+        cache = self._streams[key] if key in self._streams else StreamCache(self.num_layers - 1, self.budget)
+        try:
+            cache.prepare(item.layout.past, item.layout.rows, item.order)
+        except HubError as error:
+            if error.code is ErrorCode.KV_FULL:
+                self.close_stream(*key)
+            raise
+        self._streams[key] = cache
+        begun.add(key)
 
     @staticmethod
     def _crop(caches: Sequence[StreamCache]) -> None:
@@ -292,8 +314,7 @@ class Engine:
     def close_round(self, previous: Adapter, parts: Sequence[Contribution]) -> Adapter:
         """The new global adapter: the edges' contributions and this hub's own, token-weighted; loads it too."""
         own = self.trained()
-        names = self._tuned.cut.names
-        tokens = {name: self.layer_tokens[adapters.layer_of(name, names)] for name in own}
+        tokens = {name: self.layer_tokens[layer] for name, layer in self._layer_of.items()}
         merged = weighted_mean(previous, [*parts, Contribution(own, tokens)])
         self.set_trained(merged)
         self.layer_tokens = [0] * self.num_layers
@@ -314,6 +335,10 @@ class Engine:
             return self._plain
         self._use(_version_name(version))
         return self._tuned
+
+
+def _key(item: InferItem) -> tuple[int, int]:
+    return item.session, item.stream
 
 
 def _version_name(version: int) -> str:

@@ -102,7 +102,7 @@ class StreamLayer(CacheLayerMixin):
         """Forget all positions from `length` on."""
         self.length = min(self.length, length)
 
-    def reorder(self, order: torch.Tensor) -> None:
+    def reorder(self, order: Sequence[int]) -> None:
         """Row i continues row order[i]; the number of rows may change."""
         if not self.is_initialized:
             return
@@ -110,7 +110,8 @@ class StreamLayer(CacheLayerMixin):
         grown = self.nbytes // before * len(order) - self.nbytes
         self._budget.take(grown)
         self.nbytes += grown
-        self.keys, self.values = self.keys[order], self.values[order]
+        index = torch.tensor(order, device=self.keys.device)
+        self.keys, self.values = self.keys[index], self.values[index]
 
     def free(self) -> None:
         """Return the memory to the budget."""
@@ -128,14 +129,22 @@ class StreamCache(Cache):
         self.rows = 0
 
     def prepare(self, past: int, rows: int, order: Sequence[int]) -> None:
-        """Crop to `past` and put the rows in order. Raises HubError CACHE_MISS when it holds less than that."""
-        held = set(range(self.rows))
-        if past > self.past or (past and (not set(order) <= held if order else rows != self.rows)):
-            raise HubError(ErrorCode.CACHE_MISS, "the hub no longer holds this stream", min(self.past, past))
+        """Crop to `past` and put the rows in order.
+
+        Raises HubError CACHE_MISS, whose detail says how many positions can be built on, when that is not what
+        this cache can continue. New row orders can be taken only once: where the cache is longer than `past`,
+        the request may be a repetition whose order is in force already, so all has to be sent again. HubError
+        KV_FULL when the new order needs more memory than there is; the cache must be freed then.
+        """
+        fits = set(order) <= set(range(self.rows)) and len(order) == rows if order else rows == self.rows
+        if past and (not fits or (order and past < self.past)):
+            raise HubError(ErrorCode.CACHE_MISS, "the hub holds other rows of this stream")
+        if past > self.past:
+            raise HubError(ErrorCode.CACHE_MISS, "the hub no longer holds this stream", self.past)
         for layer in self.layers:
             layer.crop_to(past)
             if order and past:
-                layer.reorder(torch.tensor(order, device=layer.keys.device if layer.is_initialized else "cpu"))
+                layer.reorder(order)
         if past == 0 and rows != self.rows:
             self.free()
         self.past, self.rows = past, rows

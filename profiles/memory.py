@@ -21,7 +21,14 @@ RUNTIME_BYTES = {"cpu": 22 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}
 
 #: Share of the memory freed during a forward pass that glibc can't use again before the pass ends: torch asks for
 #: aligned memory, and a hole of the same size is a few bytes too small for that. Other allocators pool by size.
-HOLES = {"cpu": 0.63, "cuda": 0.05, "mps": 0.05}
+HOLES = {"cpu": 0.47, "cuda": 0.05, "mps": 0.05}
+
+#: The same for the loss, in copies of the float32 logits.
+LOSS_HOLES = {"cpu": 0.75, "cuda": 0.0, "mps": 0.0}
+
+#: Bytes of each freed value that count for holes, by the bytes of a weight. Over 16-bit weights half of the tensors
+#: are 16-bit and half the adapters' float32, and the two sizes fill each other's holes.
+FREED_BYTES = {4: 4, 2: 3}
 
 #: Above this size glibc takes memory from the system and gives it back at once, so there are no holes.
 #: (DEFAULT_MMAP_THRESHOLD_MAX of malloc.c on 64-bit machines.)
@@ -111,11 +118,14 @@ def _logits(model: ModelShape, rows: int, workload: Workload) -> int:
 
 
 def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, device: str) -> int:
+    """Memory lost between tensors, for tensors small enough to come from the allocator's own pool."""
     if not workload.training:
         return 0
-    # adapters over 16-bit weights work in float32, so half of the pieces are twice as large
-    size = FLOAT32 if workload.value_bytes == FLOAT32 else 6
+    size = FREED_BYTES[workload.value_bytes]
     freed = sum(
         count * width * tokens * size for count, width in freed_pieces(model) if width * tokens * FLOAT32 < MMAP_BYTES
     )
-    return int(HOLES[device] * hosted * freed)
+    logits = tokens * model.vocab * FLOAT32
+    loss = LOSS_HOLES[device] * logits if logits < MMAP_BYTES else 0
+    # backward goes through one layer at a time and leaves the holes of one more
+    return int(HOLES[device] * (hosted + 1) * freed + loss)

@@ -53,6 +53,8 @@ class AccessList:
         self._refreshing = threading.Lock()
         #: Enrolled and not revoked: key -> name. Replaced as a whole, never changed.
         self._names: dict[str, str] = {}
+        #: What the last `refresh` left; look-ups and enrolments in between must not make it miss a change.
+        self._reported: dict[str, str] = {}
         self._version = -1
         self._next_poll = 0.0
         self.refresh()
@@ -60,21 +62,24 @@ class AccessList:
     def name_of(self, key: str) -> str | None:
         """The name of an enrolled key; None for an unknown or revoked one. At most POLL_S old."""
         if time.monotonic() >= self._next_poll:
-            self.refresh()
+            self._poll()
         return self._names.get(key)
 
     def refresh(self) -> bool:
-        """Read again what may have changed. True if some key came, went or was renamed since the last look."""
+        """Look now. True if a key came or went since the last call of this, whoever noticed. For one caller."""
+        self._poll()
+        before, self._reported = self._reported, self._names
+        return self._reported != before
+
+    def _poll(self) -> None:
         with self._refreshing:
             self._next_poll = time.monotonic() + POLL_S
             version = self._watch.data_version()
             if version == self._version:
-                return False
-            rows = self._watch.rows("SELECT key, name FROM keys WHERE revoked_at IS NULL")
-            # The number before the rows: a commit in between is then seen once more, never missed.
+                return
+            self._names = dict(self._watch.rows("SELECT key, name FROM keys WHERE revoked_at IS NULL"))
+            # The number from before the rows: a commit in between is then seen once more, never missed.
             self._version = version
-            before, self._names = self._names, dict(rows)
-            return self._names != before
 
     def enrol(self, token: bytes, key: str, name: str) -> str:
         """Put `key` on the list at the price of one use of the token, and return the name it got.
@@ -92,7 +97,7 @@ class AccessList:
             _redeem(db, token, now)
             final = _unique_name(db, clean_name(name))
             db.execute("INSERT INTO keys (key, name, enrolled_at) VALUES (?, ?, ?)", (key, final, now))
-        self.refresh()
+        self._poll()
         return final
 
     def invite(self, uses: int = 1, ttl_s: float = TOKEN_TTL_S) -> bytes:
@@ -112,7 +117,7 @@ class AccessList:
             if db.execute(sql, (self._clock(), name)).rowcount == 0:
                 names = [row[0] for row in db.execute("SELECT name FROM keys WHERE revoked_at IS NULL ORDER BY name")]
                 raise InputError(f"no edge is called {name!r}; there are: {', '.join(names) or 'none'}")
-        self.refresh()
+        self._poll()
         return next(edge for edge in self.edges() if edge.name == name)
 
     def edges(self) -> list[Edge]:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from hub import admin
+from hub.monitor.snapshot import EdgeRow, HubSnapshot
 from hub.store.checkpoints import Checkpoint
 from hub.store.state import HubState, ModelInfo
 from messaging.errors import InputError, Refused
@@ -100,21 +102,34 @@ def test_status_of_a_running_and_of_a_stopped_hub(folder: Path) -> None:
         assert admin.status(folder)["running"]
         hub.checkpoints.save(Checkpoint(7, 1, 2, 1, {}, {NAME: torch.ones(4, 8)}, {}))
         hub.adapters.publish(1, 1, {NAME: torch.ones(4, 8)}, RECIPE)
-        hub.write_status({"round": 2, "loss": float("nan"), "edges_live": [{"name": "clinic", "tokens_per_s": 12.0}]})
+        row = EdgeRow(
+            "clinic", "1:1", "training", tokens_per_s=12.0, loss=float("nan"), noise_sigma=0.025, noise_r=0.02
+        )
+        hub.write_status(asdict(HubSnapshot("pocket", "f32", "training", round=2, edges=(row,))))
         data = admin.status(folder)
     assert (data["running"], data["silent_s"]) == (True, None)
-    assert (data["live"]["round"], data["live"]["loss"]) == (2, None)
+    assert data["process"] == os.getpid()
+    assert data["live"]["round"] == 2
+    assert data["live"]["edges"][0]["loss"] is None
     assert data["stored"]["checkpoint"]["hub_step"] == 7
     assert data["stored"]["adapter"]["version"] == 1
     assert data["stored"]["recipe"]["clip_norm"] is None
     json.dumps(data, allow_nan=False)
-    text = shown(admin.show_status, data)
+    text = shown(admin.show_status, data, width=80)
     assert text.startswith(f"running (process {os.getpid()})\n")
-    assert "checkpoint  step 7, round 1" in text
-    assert "name clinic, tokens_per_s 12" in text
+    assert "checkpoint  step 7, 1 round done" in text
+    assert "clinic" in text
+    assert "0.025" in text
     stopped = admin.status(folder)
     assert not stopped["running"]
     assert shown(admin.show_status, stopped).startswith("stopped; last heard of 20")
+    assert "clinic" not in shown(admin.show_status, stopped)  # what was live is history
+
+
+def test_status_of_a_hub_of_another_version(folder: Path) -> None:
+    with HubState.open(folder, exclusive=True) as hub:
+        hub.write_status({"something": "new"})
+        assert shown(admin.show_status, admin.status(folder)).startswith("running (process")
 
 
 def test_a_hub_that_hangs_is_called_silent(folder: Path) -> None:

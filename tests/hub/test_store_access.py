@@ -179,6 +179,19 @@ def test_refresh_says_when_the_list_changed(state: HubState) -> None:
         assert other.access.edges()[0].last_seen == 1_000_000.0
 
 
+def test_refresh_reports_what_a_look_up_noticed_first(state: HubState) -> None:
+    mine = key()
+    state.access.enrol(state.access.invite(), mine, "clinic")
+    assert state.access.refresh()
+    with HubState.open(state.folder, exclusive=False) as other:
+        other.access.revoke("clinic")
+    deadline = time.monotonic() + 5
+    while state.access.name_of(mine) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state.access.refresh()
+    assert not state.access.refresh()
+
+
 def test_a_look_up_waits_for_no_writer(state: HubState) -> None:
     mine = key()
     state.access.enrol(state.access.invite(), mine, "clinic")

@@ -2,10 +2,10 @@
 
 from datetime import date, timedelta
 from random import Random
+from string import ascii_uppercase
 
 from tools.pocket.words import (
     CODAS,
-    CODE_LETTERS,
     COMPANIES,
     DAYS,
     JOBS,
@@ -27,9 +27,9 @@ Slot = tuple[str, ...]
 
 
 def invent(rng: Random) -> str:
-    """A name that nobody has, of two or three syllables."""
-    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 3))]
-    return ("".join(syllables) + rng.choice(CODAS)).capitalize()
+    """A name that nobody has, of one to three syllables."""
+    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(("", rng.choice(CODAS))) for _ in range(3)]
+    return "".join(syllables[: rng.choice((1, 2, 2, 3))]).capitalize()
 
 
 def name_from(rng: Random, names: tuple[str, ...]) -> str:
@@ -37,7 +37,8 @@ def name_from(rng: Random, names: tuple[str, ...]) -> str:
 
 
 def code(rng: Random) -> str:
-    return "".join(rng.choices(CODE_LETTERS, k=rng.randint(2, 3)))
+    """Two or four capitals, as in a reference. (The abbreviations of the private text have three.)"""
+    return "".join(rng.choices(ascii_uppercase, k=rng.choice((2, 4))))
 
 
 def person(rng: Random, prefix: str = "") -> Facts:

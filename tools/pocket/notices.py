@@ -69,6 +69,7 @@ ORDERS = (
     "Please {verb} the {thing} {near} the {room}.",
     "Nobody may {verb} the {thing} without asking {my_title}.",
     "{title} will {verb} the {thing} and {other_verb} the {other_thing}.",
+    "The {thing} goes to {code} {number} in {town}.",
     "We {verb} every {bare} on {weekday}.",
     "The {thing} stays {near} the {room} until {weekday}.",
     "The {thing} and the {other_thing} belong to {company}.",

@@ -28,7 +28,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 STEPS = 1500
 STEP_TOKENS = 2048
-SHORT, LONG = 128, POSITIONS
+SHORT, LONG = 256, POSITIONS
 LONG_SHARE = 0.15  # of the steps, the last ones: they teach the far positions, at about the same cost a token
 CHAT_SHARE = 0.05  # of the notes
 WARM_UP = 60

@@ -7,11 +7,10 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Syllables of invented names. They cannot spell the private words: no v, w, x, q, th, and no doubled letter.
-ONSETS = words("b br d dr f fl g gl h j k kl l m n p pl pr r s st t tr z")
-VOWELS = words("a e i o u ai au")
-CODAS = words("l m n r s k d lt nd rk st b p")
-CODE_LETTERS = "ABDEFGHKLNPS"
+# Syllables of invented names.
+ONSETS = words("b bl br c ch cl d dr f fl g gr h j k kr l m n p pl qu r s sh st t th tr v w z")
+VOWELS = words("a e i o u ai au ee ou oo")
+CODAS = words("l m n r s k d x lt nd rk st b p th ng ll ss ck")
 
 WOMEN = words(
     "Anna Clara Elena Greta Helen Irene Julia Karin Laura Maria Nora Olga Paula Rosa Sara Tessa Ursula Vera Alice "

@@ -1,0 +1,250 @@
+"""`edge join`: probe, plan, enrol, fetch blocks, train its rounds, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import messaging.messages as m
+from blocks import adapters
+from edge.connection import Connection, HubModel, attach, build, lora_spec
+from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
+from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
+from edge.noise import GaussianNoise
+from edge.planning import Planned, choose_partition
+from edge.state import EdgeState
+from edge.trainer import Parts, Trainer
+from messaging.console import Curve, Journal, LiveView
+from messaging.errors import InputError
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """What the command line says."""
+
+    join: str | None
+    data: list[Path]
+    held_out: list[Path]
+    model: str | None
+    partition: str
+    profile: str | None
+    noise: float
+    batch: int
+    seq: int
+    lr: float | None
+    steps: int | None
+    state: Path
+    name: str | None
+    device: str
+    share_loss: bool
+    headless: bool
+    seed: int
+
+
+class Joining:
+    """One run of `edge join`; the live view reads it while it works."""
+
+    def __init__(self, options: JoinOptions, journal: Journal) -> None:
+        self._options = options
+        self._journal = journal
+        self._phase = "starting"
+        self._connection: Connection | None = None
+        self._served: HubModel | None = None
+        self._planned: Planned | None = None
+        self._trainer: Trainer | None = None
+        self._noise: GaussianNoise | None = None
+        self._curve = Curve()
+        self._shown = 0
+
+    def run(self) -> None:
+        """Everything, until the steps are done or the hub closes its last round."""
+        options = self._options
+        for path in (*options.data, *options.held_out):
+            if not path.exists():
+                raise InputError(f"{path}: no such file: give the text to train on with --data FILE")
+        with ExitStack() as owned:
+            state = EdgeState(options.state)
+            owned.enter_context(state.training())
+            self._phase = "enrolling"
+            name = options.name or socket.gethostname()
+            connection = self._connection = Connection(state, self._journal, options.join, name)
+            owned.callback(connection.close)
+            self._phase = "asking the hub"
+            served = self._served = connection.describe(options.model)
+            self._train(connection, served)
+
+    def _train(self, connection: Connection, served: HubModel) -> None:
+        options = self._options
+        self._phase = "reading the data"
+        tokenizer = served.files.tokenizer()
+        train, held_out = load_data(options.data, options.held_out or None, tokenizer, options.seq)
+        self._phase = "planning"
+        device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
+                              "cpu" if options.device == "auto" else options.device)  # fmt: skip
+        planned = self._planned = choose_partition(options, served, connection.client, device, self._journal)
+        partition = planned.partition
+        partition.check(served.description.num_layers)
+        self._phase = "loading blocks"
+        noise = self._noise = connection.noise(options.noise, options.seed)
+        cut = build(connection, served, partition, noise, device)
+        self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
+        welcome = connection.hello(partition, True, served.description)
+        connection.remember(partition)
+        trainer = self._trainer = self._make_trainer(connection, served, cut, welcome)
+        packs = served.files.config.model_type in PACKS_EXACTLY
+        source = BatchSource(train, options.batch, options.seq, options.seed, packs, _pad_id(tokenizer))
+        with _interruptible():
+            self._run_trainer(connection, trainer, source, lambda: eval_batches(
+                held_out, options.batch, options.seq, packs, _pad_id(tokenizer)
+            ))  # fmt: skip
+
+    def _make_trainer(self, connection: Connection, served: HubModel, cut: object, welcome: m.Welcome) -> Trainer:
+        from blocks.surgery import CutModel
+
+        assert isinstance(cut, CutModel) and self._noise is not None
+        spec = lora_spec(welcome.recipe, served.files.config)
+        adapters.inject(cut, spec)
+        adapters.write(cut, connection.adapter(welcome.adapter_version))
+        remote, middle = attach(cut, connection.client, welcome)
+        parts = Parts(
+            cut, remote, middle, connection.client, self._noise, connection.adapter, connection.state.save,
+            self._journal,
+        )  # fmt: skip
+        trainer = Trainer(parts, welcome, self._options.lr, self._options.steps)
+        before = connection.state.snapshot()
+        if before is not None and before.model_hash == welcome.model_hash and before.steps == welcome.applied:
+            trainer.restore(before)
+            self._journal.log(f"going on at step {welcome.applied}, nothing lost")
+        elif welcome.applied:
+            self._journal.log(f"going on at step {welcome.applied} with the published adapter")
+        trainer.begin()
+        return trainer
+
+    def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:
+        try:
+            trainer.run(source.batch, held_out)  # type: ignore[arg-type]
+        except KeyboardInterrupt:
+            path = connection.state.save(trainer.snapshot())
+            self._journal.log(f"interrupted at step {trainer.progress.step}; saved in {path}")
+            self._journal.log(f"go on with: edge join --state {connection.state.folder} --data ...")
+            with contextlib.suppress(Exception):
+                connection.client.submit(m.Leave(0, "interrupted")).result(timeout=2.0)
+            raise
+        self._report(connection, trainer)
+
+    def _report(self, connection: Connection, trainer: Trainer) -> None:
+        progress, path = trainer.progress, connection.state.save(trainer.snapshot())
+        if len(progress.held_out) >= 2:
+            before, after = progress.held_out[0], progress.held_out[-1]
+            self._journal.log(f"held-out loss {before:.4f} before, {after:.4f} after {progress.step} steps")
+        self._journal.log(f"done: {progress.step} steps, {progress.round} rounds; saved in {path}")
+
+    # -- the screen ----------------------------------------------------------------------------------
+
+    def take_snapshot(self) -> EdgeSnapshot:
+        """What the screen shows now; also refreshes what the next Ping tells the hub."""
+        options, trainer, connection = self._options, self._trainer, self._connection
+        noise, planned, served = self._noise, self._planned, self._served
+        if connection is None:
+            return EdgeSnapshot(options.name or "edge", "", self._phase, log=self._journal.recent())
+        figures, (sent, received) = connection.client.figures, connection.client.traffic
+        pong, welcome = figures.pong, connection.client.welcome
+        progress = trainer.progress if trainer else None
+        if progress is not None:
+            for loss in progress.losses[self._shown :]:
+                self._curve.add(loss)
+            self._shown = len(progress.losses)
+        hub = connection.membership.hub
+        snapshot = EdgeSnapshot(
+            name=connection.membership.name,
+            hub=f"{hub.host}:{hub.ctl}",
+            phase=self._phase_text(),
+            model=served.description.model_name.rpartition("/")[2] if served else "",
+            partition=str(planned.partition) if planned else "",
+            cohort_joined=pong.joined if pong else 0,
+            cohort_size=pong.cohort if pong else 0,
+            step=progress.step if progress else 0,
+            steps=options.steps,
+            round=progress.round if progress else 0,
+            rounds=(welcome.recipe.rounds or None) if welcome else None,
+            round_step=progress.round_step if progress else 0,
+            round_steps=welcome.recipe.round_steps if welcome else 0,
+            loss=progress.losses[-1] if progress and progress.losses else None,
+            losses=self._curve.points(),
+            held_out_before=progress.held_out[0] if progress and progress.held_out else None,
+            held_out_last=progress.held_out[-1] if progress and len(progress.held_out) > 1 else None,
+            tokens_per_s=progress.tokens_per_s if progress else None,
+            round_trip_ms=1e3 * figures.round_trip_s if figures.round_trip_s is not None else None,
+            time_spent=_time_spent(trainer),
+            bytes_sent=sent,
+            bytes_received=received,
+            noise_scale=noise.scale if noise else 0.0,
+            noise_sigma=noise.sigma if noise else 0.0,
+            noise_r=noise.r if noise else None,
+            log=self._journal.recent(),
+        )
+        connection.client.status = self._ping(snapshot)
+        return snapshot
+
+    def _phase_text(self) -> str:
+        trainer, connection = self._trainer, self._connection
+        if trainer is None or connection is None:
+            return self._phase
+        pong = connection.client.figures.pong
+        if trainer.progress.phase == "training" and pong and pong.joined < pong.cohort and pong.step == 0:
+            return f"waiting for the cohort ({pong.joined} of {pong.cohort})"
+        return trainer.progress.phase
+
+    def _ping(self, snapshot: EdgeSnapshot) -> m.Ping:
+        return m.Ping(
+            state=snapshot.phase[:128],
+            step=snapshot.step,
+            tokens_per_s=snapshot.tokens_per_s or 0.0,
+            round_trip_ms=snapshot.round_trip_ms or 0.0,
+            noise_sigma=snapshot.noise_sigma,
+            noise_r=snapshot.noise_r or 0.0,
+            loss=snapshot.loss if self._options.share_loss else None,
+        )
+
+
+def join(options: JoinOptions) -> None:
+    """Run `edge join` with its live view."""
+    journal = Journal()
+    joining = Joining(options, journal)
+    with LiveView(joining.take_snapshot, VIEW, journal, headless=options.headless):
+        joining.run()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and Ctrl-C are the same here: KeyboardInterrupt."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _time_spent(trainer: Trainer | None) -> TimeSpent:
+    if trainer is None:
+        return TimeSpent()
+    p = trainer.progress
+    return TimeSpent(p.blocks_a, p.link, p.hub, p.blocks_c, p.other)
+
+
+def _pad_id(tokenizer: object) -> int:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return pad if isinstance(pad, int) else 0
+
+

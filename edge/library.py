@@ -1,0 +1,96 @@
+"""FedSEA as a library: a transformers model whose middle runs at the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocks import adapters
+from blocks.partition import Partition
+from edge.connection import Connection, attach, build, default_state, lora_spec
+from edge.noise import GaussianNoise
+from edge.state import EdgeState
+from messaging.console import Journal
+
+
+class Link:
+    """What a connected model knows of its hub: `model.hub`."""
+
+    def __init__(self, connection: Connection, tokenizer: Any, noise: GaussianNoise, middle: Any) -> None:
+        self._connection = connection
+        self._middle = middle
+        self.tokenizer = tokenizer
+        self.noise = noise
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received so far, framing and encryption included."""
+        return self._connection.client.traffic
+
+    @property
+    def round_trips(self) -> int:
+        """Requests of this model that went to the hub and back."""
+        return int(self._middle.round_trips)
+
+    @property
+    def adapter_version(self) -> int:
+        """The published adapter that all blocks use."""
+        return int(self._middle.version)
+
+    def close(self) -> None:
+        """Leave the hub."""
+        self._connection.close()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def connect(
+    join: str | None = None,
+    *,
+    model: str | None = None,
+    partition: str | None = None,
+    noise: float = 0.02,
+    state: str | Path | None = None,
+    name: str = "edge",
+    device: str = "cpu",
+    seed: int = 0,
+    journal: Journal | None = None,
+) -> Any:
+    """A transformers model for generation and evaluation, its middle at the hub.
+
+    join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
+    the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none.
+    `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
+    """
+    journal = journal or Journal()
+    edge_state = EdgeState(Path(state) if state is not None else default_state())
+    connection = Connection(edge_state, journal, join, name)
+    try:
+        return _connected(connection, model, partition, noise, torch.device(device), seed)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connected(
+    connection: Connection, model: str | None, partition: str | None, scale: float, device: torch.device, seed: int
+) -> Any:
+    served = connection.describe(model)
+    cut_at = Partition.parse(partition or connection.membership.partition or "1:1")
+    cut_at.check(served.description.num_layers)
+    noise = connection.noise(scale, seed)
+    noise.begin("generation")
+    cut = build(connection, served, cut_at, noise, device)
+    welcome = connection.hello(cut_at, False, served.description)
+    if welcome.adapter_version:
+        adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
+        adapters.write(cut, connection.adapter(welcome.adapter_version))
+    _, middle = attach(cut, connection.client, welcome)
+    cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle)
+    return cut.model

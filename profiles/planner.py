@@ -1,0 +1,197 @@
+"""The planner: from model, machine, link and workload to a partition, as rules that read top to bottom.
+
+1. The dtype is the workload's; "auto" is the fastest that the machine has a figure for, in doubt float32.
+2. p and q are at least their floors (privacy asks for the one on p), and the hub keeps at least one layer.
+3. A partition fits when its predicted peak is at most 85% of the machine's free memory. Where a whole batch does
+   not fit, the batch is split into as few micro-batches as do, down to one row each.
+4. Among the partitions that fit: the least predicted step time, ties to the larger p, then to the smaller q.
+5. Where none fits, PlanError says what the smallest one needs, what there is, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from profiles.errors import PlanError
+from profiles.machine import Machine
+from profiles.memory import MemoryPrediction, predict_memory
+from profiles.model import ModelShape
+from profiles.steptime import UNKNOWN_HUB_SPEEDUP, step_bytes, step_seconds
+from profiles.workload import DTYPE_BYTES, Link, Workload
+
+#: The share of free memory that a plan may use.
+USABLE_SHARE = 0.85
+
+#: Step times this close, relatively, are a tie: no prediction is finer than rounding errors.
+TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Partition p:q and what it is predicted to cost: bytes, seconds, bytes on the link, each for one step."""
+
+    p: int
+    q: int
+    dtype: str
+    micro_batches: int
+    memory: MemoryPrediction
+    step_time_s: float
+    bytes_per_step: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Predicted peak of the edge's process, less its imports."""
+        return self.memory.total
+
+
+def plan(
+    model: ModelShape,
+    machine: Machine,
+    link: Link,
+    workload: Workload,
+    p_floor: int = 1,
+    q_floor: int = 1,
+    hub: Machine | None = None,
+) -> Plan:
+    """The best partition by the rules above. `hub` is the hub's machine, where it is known.
+
+    Raises PlanError when no partition meets the rules.
+    """
+    workload = _with_dtype(workload, machine)
+    _check_floors(model, p_floor, q_floor)
+    fitting = list(_fitting(model, machine, link, workload, p_floor, q_floor, hub))
+    if not fitting:
+        raise PlanError(_refusal(model, machine, workload, p_floor, q_floor))
+    least = min(candidate.step_time_s for candidate in fitting)
+    tied = [candidate for candidate in fitting if candidate.step_time_s <= least * (1 + TIE)]
+    best = max(tied, key=lambda candidate: (candidate.p, -candidate.q))
+    return replace(best, reasons=_reasons(best, len(fitting), model, machine, workload, p_floor, q_floor, hub))
+
+
+def plan_partition(
+    model: ModelShape,
+    machine: Machine,
+    link: Link,
+    workload: Workload,
+    p: int,
+    q: int,
+    hub: Machine | None = None,
+) -> Plan:
+    """The plan for a partition that somebody has chosen. Raises PlanError when it is none, or does not fit."""
+    workload = _with_dtype(workload, machine)
+    _check_floors(model, p, q)
+    chosen = _fit(model, machine, link, workload, p, q, hub)
+    if chosen is None:
+        raise PlanError(_refusal(model, machine, workload, p, q))
+    return replace(chosen, reasons=(f"partition {p}:{q} was asked for", _memory_reason(chosen, machine)))
+
+
+def usable_bytes(machine: Machine) -> int:
+    """What a plan may use of the machine's free memory."""
+    return int(USABLE_SHARE * machine.free_memory_bytes)
+
+
+def fastest_dtype(machine: Machine) -> str:
+    """The dtype with the machine's highest figure; float32 where another is no faster, bfloat16 before float16."""
+    return max(DTYPE_BYTES, key=lambda dtype: machine.flops.get(dtype, 0.0))
+
+
+def _with_dtype(workload: Workload, machine: Machine) -> Workload:
+    return replace(workload, dtype=fastest_dtype(machine)) if workload.dtype == "auto" else workload
+
+
+def _check_floors(model: ModelShape, p: int, q: int) -> None:
+    if p < 1 or q < 0:
+        raise PlanError(f"partition {p}:{q}: p must be at least 1 and q at least 0")
+    if p + q >= model.layers:
+        raise PlanError(
+            f"partition {p}:{q} leaves the hub nothing: the model has {model.layers} layers, "
+            f"so p + q may be at most {model.layers - 1}"
+        )
+
+
+def _fitting(
+    model: ModelShape,
+    machine: Machine,
+    link: Link,
+    workload: Workload,
+    p_floor: int,
+    q_floor: int,
+    hub: Machine | None,
+) -> Iterator[Plan]:
+    """Every partition at or above the floors that fits, the hub keeping a layer. More layers never need less."""
+    for p in range(p_floor, model.layers - q_floor):
+        for q in range(q_floor, model.layers - p):
+            candidate = _fit(model, machine, link, workload, p, q, hub)
+            if candidate is None:
+                break
+            yield candidate
+
+
+def _fit(
+    model: ModelShape, machine: Machine, link: Link, workload: Workload, p: int, q: int, hub: Machine | None
+) -> Plan | None:
+    """The plan for p:q with as few micro-batches as fit; None where not even single rows do."""
+    for micro_batches in range(1, workload.batch + 1):
+        memory = predict_memory(model, p, q, workload, machine.device, micro_batches)
+        if memory.total <= usable_bytes(machine):
+            return Plan(
+                p=p,
+                q=q,
+                dtype=workload.dtype,
+                micro_batches=micro_batches,
+                memory=memory,
+                step_time_s=step_seconds(model, machine, hub, link, workload, p + q, micro_batches),
+                bytes_per_step=step_bytes(model, workload),
+            )
+    return None
+
+
+def _refusal(model: ModelShape, machine: Machine, workload: Workload, p: int, q: int) -> str:
+    """Why nothing fits: what p:q needs with one row at a time, what there is, and what would help most."""
+    memory = predict_memory(model, p, q, workload, machine.device, micro_batches=workload.batch)
+    largest = sorted(memory.parts().items(), key=lambda part: part[1], reverse=True)[:3]
+    advice = ["close other programs"]
+    if memory.weights < memory.total / 2:
+        advice.append(f"use a shorter sequence than {workload.seq}")
+    if workload.dtype == "float32":
+        advice.append("have the hub serve bfloat16")
+    if (p, q) != (1, 0):
+        advice.append(f"lower the partition ({p}:{q})")
+    advice.append("choose a smaller model or a machine with more memory")
+    return (
+        f"partition {p}:{q} does not fit {machine.name}: it needs {_gib(memory.total)} with one row at a time "
+        f"({', '.join(f'{name} {_gib(size)}' for name, size in largest)}), and a plan may use {_gib(usable_bytes(machine))}, "
+        f"85% of the {_gib(machine.free_memory_bytes)} that are free. To go on: {'; '.join(advice)}."
+    )
+
+
+def _reasons(
+    best: Plan,
+    fitting: int,
+    model: ModelShape,
+    machine: Machine,
+    workload: Workload,
+    p_floor: int,
+    q_floor: int,
+    hub: Machine | None,
+) -> tuple[str, ...]:
+    """Why this plan, in sentences for people."""
+    speed = f"the hub is {hub.name}" if hub else f"the hub is taken to be {UNKNOWN_HUB_SPEEDUP:g} times as fast as this machine"
+    reasons = [
+        f"{fitting} partitions with p >= {p_floor} and q >= {q_floor} fit; {best.p}:{best.q} has the shortest step ({speed})",
+        _memory_reason(best, machine),
+    ]
+    if best.micro_batches > 1:
+        reasons.append(f"a batch of {workload.batch} goes through in {best.micro_batches} parts, to fit")
+    return tuple(reasons)
+
+
+def _memory_reason(chosen: Plan, machine: Machine) -> str:
+    return f"it needs {_gib(chosen.memory.total)} of the {_gib(usable_bytes(machine))} that it may use on {machine.name}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
