@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +54,39 @@ def default_targets(config: PreTrainedConfig) -> tuple[str, ...]:
     """Every linear of attention and MLP, as paths inside a layer ('self_attn.q_proj'); routers are left alone."""
     model, names = build_whole(config, torch.float32)
     layers = model.get_submodule(names.prefix)
-    experts = {getattr(config, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None}
+    experts = _expert_counts(config)
     found: dict[str, None] = {}
     for layer in layers:
         for path, module in layer.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and _out_features(module) not in experts:
                 found[path] = None
+    if experts:
+        found = {path: None for path in found if _peft_agrees(config, path)}
     if not found:
         raise InputError(f"{type(model).__name__} has no linear modules for LoRA: give --target-modules")
     return tuple(found)
+
+
+def _expert_counts(config: PreTrainedConfig) -> set[int]:
+    """How many experts a mixture has, under any of the names for it; empty where there is no mixture."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    return {getattr(config.get_text_config(), key, None) or 0 for key in keys} - {0}
+
+
+def _peft_agrees(config: PreTrainedConfig, target: str) -> bool:
+    """Whether peft puts this target where its name says.
+
+    In some mixtures of experts it takes gate_proj, up_proj and down_proj, wherever they stand, for the experts.
+    """
+    spec = LoraSpec(1, 1.0, (target,))
+    model, _ = build_whole(config, torch.float32)
+    try:
+        with _quiet_peft():
+            peft = get_peft_model(model, spec.config())
+    except ValueError:
+        return False
+    made = {name.replace(".default.", ".") for name, _ in peft.named_parameters() if ".lora_" in name}
+    return made == shapes(config, spec).keys()
 
 
 def make_spec(config: PreTrainedConfig, rank: int, alpha: float, targets: Iterable[str] = ()) -> LoraSpec:
@@ -79,6 +105,11 @@ def make_spec(config: PreTrainedConfig, rank: int, alpha: float, targets: Iterab
             raise InputError(
                 f"--target-modules {target}: no such module; this model's layers have {', '.join(sorted(modules))}"
             )
+        if targets and _expert_counts(config) and not _peft_agrees(config, target):
+            raise InputError(
+                f"--target-modules {target}: peft takes this name for the experts' weights, which FedSEA does not "
+                f"train; take some of {', '.join(default_targets(config))}"
+            )
     return LoraSpec(rank, alpha, chosen, any(isinstance(module, Conv1D) for module in modules.values()))
 
 
@@ -87,7 +118,17 @@ def inject(cut: CutModel, spec: LoraSpec, adapter: str = "default") -> PeftModel
     hosted = [path for path, _ in cut.model.named_modules() if path.startswith(cut.names.prefix + ".")]
     if not any(path.endswith("." + target) for path in hosted for target in spec.targets):
         return None
-    return get_peft_model(cut.model, spec.config(), adapter_name=adapter)
+    with _quiet_peft():
+        return get_peft_model(cut.model, spec.config(), adapter_name=adapter)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without warnings that are not for the user: peft asks the model for an attribute by its old name, and so on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys", category=RuntimeWarning)
+        yield
 
 
 def parameters(cut: CutModel, adapter: str = "default") -> dict[str, nn.Parameter]:

@@ -140,6 +140,8 @@ class MiddleBlocks:
         if not 0 < first < last <= names.count:
             raise InputError(f"the hub cannot run layers {first} to {last - 1} of {names.count}")
         self.cut: CutModel = keep_layers(model, names, range(first, last))
+        # Nothing drops out, in training neither: the edge's blocks stay in eval() too.
+        model.eval()
         self.first, self.last = first, last
         self._strip()
         for local, layer in enumerate(self.cut.layers):

@@ -136,9 +136,10 @@ class ModelFiles:
 
 def open_model(name: str) -> ModelFiles:
     """The model in the folder `name`, or of that name on the Hugging Face hub. InputError says what is wrong."""
-    folder = Path(name).expanduser()
+    if not name:
+        raise InputError("the model has no name: give its folder, or its name on the Hugging Face hub")
+    folder = Path(os.path.abspath(os.path.expanduser(name)))
     if folder.is_dir():
-        folder = Path(os.path.abspath(folder))
         return ModelFiles(str(folder), folder, read_config(folder, name), _local_source(folder), small_files(folder))
     if folder.exists():
         raise InputError(f"{name} is a file: give the folder that holds the model's {CONFIG} and {WEIGHTS}")
@@ -192,7 +193,7 @@ def parse_config(fields: Any, name: str) -> PreTrainedConfig:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name or not name
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 def _local_source(folder: Path) -> ShardedSource:

@@ -64,7 +64,8 @@ def join_(
             raise InputError("give the text to train on: --data FILE (.jsonl, .txt or .csv)")
         if lr is not None and not lr > 0:
             raise InputError("--lr must be above 0")
-        from edge.join import JoinOptions, join as run
+        from edge.join import JoinOptions
+        from edge.join import join as run
 
         run(
             JoinOptions(
@@ -112,7 +113,8 @@ def generate(
 ) -> None:
     """Continue a prompt with the split model and the last published adapter."""
     with exit_codes():
-        from edge.generate import GenerateOptions, generate as run
+        from edge.generate import GenerateOptions
+        from edge.generate import generate as run
 
         run(
             GenerateOptions(join, model, partition, noise, state, max_new_tokens, temperature, seed, device),
@@ -135,7 +137,8 @@ def chat(
 ) -> None:
     """Talk to the split model, with its chat template."""
     with exit_codes():
-        from edge.generate import GenerateOptions, chat as run
+        from edge.generate import GenerateOptions
+        from edge.generate import chat as run
 
         run(GenerateOptions(join, model, partition, noise, state, max_new_tokens, temperature, seed, device))
 
@@ -156,5 +159,3 @@ def main() -> None:
     """Entry point of the `edge` command."""
     quiet_libraries()
     app()
-
-

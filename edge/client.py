@@ -91,6 +91,8 @@ class HubClient:
         future: Future[m.AnyMessage] = Future()
         self._inbox.put((message, future, deadline_s))
         self._transport.wake()
+        if not self._thread.is_alive():
+            self._fail_inbox()
         return future
 
     def ask(self, message: m.AnyMessage, answer: type[M], deadline_s: float = math.inf) -> M:
@@ -148,16 +150,19 @@ class HubClient:
                 self._watch(now)
             self._send_due(self._clock())
         finally:
-            for failed in self._requests.fail_all(LinkLost("the connection was closed")):
+            for failed in self._requests.fail_all(_closed()):
                 self._fail(failed)
-            while not self._inbox.empty():
-                self._inbox.get()[1].set_exception(LinkLost("the connection was closed"))
+            self._fail_inbox()
             self._transport.close()
+
+    def _fail_inbox(self) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()[1].set_exception(_closed())
 
     def _wait(self, now: float) -> float:
         if not self._inbox.empty():
             return 0.0
-        return min(max(self._requests.next_event(now) - now, 0.0), _LONGEST_WAIT_S)
+        return min(max(self._requests.next_event() - now, 0.0), _LONGEST_WAIT_S)
 
     def _take_work(self, now: float) -> None:
         while not self._inbox.empty():
@@ -291,6 +296,10 @@ class HubClient:
     def traffic(self) -> tuple[int, int]:
         """Bytes sent and received, framing and encryption included."""
         return self._transport.traffic.sent, self._transport.traffic.received
+
+
+def _closed() -> LinkLost:
+    return LinkLost("the connection to the hub was closed")
 
 
 def _told(error: FedseaError) -> FedseaError:

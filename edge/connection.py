@@ -14,14 +14,16 @@ from safetensors.torch import load as load_safetensors
 import messaging.messages as m
 from blocks import adapters
 from blocks.adapters import LoraSpec
+from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
 from blocks.remote import RemoteBlocks, build_edge, remote_of
-from blocks.source import ModelFiles, check_against, open_model
+from blocks.source import ModelFiles, open_model
 from blocks.surgery import CutModel, load
 from edge.client import HubClient
-from edge.fetch import RemoteModel, fetch_bytes
+from edge.fetch import fetch_bytes
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
+from edge.remote_model import RemoteModel
 from edge.state import EdgeState, Membership
 from messaging.console import Journal
 from messaging.edge_transport import EdgeTransport
@@ -36,10 +38,15 @@ _ENROL_S = 30.0
 
 @dataclass(frozen=True)
 class HubModel:
-    """What the hub serves, as this edge may read it: from its own copy, or over the wire."""
+    """What the hub serves, as this edge may read it: from its own copy, or over the wire.
+
+    `own` says which; a copy of one's own is held against the manifest.
+    """
 
     description: m.Description
-    files: ModelFiles | RemoteModel
+    files: ModelFiles
+    manifest: Manifest
+    own: bool
     dtype: torch.dtype
 
 
@@ -63,11 +70,8 @@ class Connection:
         if description.dtype not in _DTYPES:
             raise ProtocolError(f"the hub works in {description.dtype!r}, which this edge does not know")
         remote = RemoteModel(self.client, self.state.cache, description.model_hash)
-        files: ModelFiles | RemoteModel = remote
-        if model is not None:
-            files = open_model(model)
-            check_against(remote.manifest, files.source, [])
-        return HubModel(description, files, _DTYPES[description.dtype])
+        files = open_model(model) if model is not None else remote.open()
+        return HubModel(description, files, remote.manifest, model is not None, _DTYPES[description.dtype])
 
     def hello(self, partition: Partition, train: bool, description: m.Description, steps_done: int = 0) -> m.Welcome:
         """Open a session."""
@@ -128,12 +132,12 @@ def build(
     connection: Connection, served: HubModel, partition: Partition, noise: GaussianNoise, device: torch.device
 ) -> CutModel:
     """The edge's model, its own blocks filled, not yet attached to a hub."""
-    config: Any = served.files.config
-    cut = build_edge(config, partition, served.dtype, noise)
+    cut = build_edge(served.files.config, partition, served.dtype, noise)
+    if served.own:
+        hosted = [name for name in served.files.source.names() if cut.to_local(name) is not None]
+        check_against(served.manifest, served.files, hosted)
     load(cut, served.files.source, served.dtype, device)
-    generation = served.files.generation_config()
-    if generation is not None:
-        cut.model.generation_config = generation
+    cut.model.generation_config = served.files.generation_config()
     return cut
 
 

@@ -132,7 +132,7 @@ def _stream(asker: Asker, resource: Resource, offset: int) -> Iterator[Chunk]:
     ahead = offset + CHUNK_BYTES
     chunk = first
     while True:
-        while ahead < first.total and len(waiting) < IN_FLIGHT:
+        while ahead < first.total and len(waiting) < IN_FLIGHT + 1:
             waiting.append((ahead, _ask(asker, resource, ahead)))
             ahead += CHUNK_BYTES
         yield chunk

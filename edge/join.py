@@ -246,5 +246,3 @@ def _time_spent(trainer: Trainer | None) -> TimeSpent:
 def _pad_id(tokenizer: object) -> int:
     pad = getattr(tokenizer, "pad_token_id", None)
     return pad if isinstance(pad, int) else 0
-
-

@@ -294,5 +294,3 @@ class Trainer:
         progress.tokens += tokens
         speed = tokens / max(now - started, 1e-9)
         progress.tokens_per_s = speed if not progress.tokens_per_s else 0.9 * progress.tokens_per_s + 0.1 * speed
-
-

@@ -101,7 +101,7 @@ class _File:
 
     def read(self, offset: int, length: int) -> bytes:
         with _readable(self.path.name), self.path.open("rb") as file:
-            file.seek(offset)
+            file.seek(min(offset, self.total))
             return file.read(min(length, max(self.total - offset, 0)))
 
 
@@ -129,7 +129,7 @@ class _Tensor:
     def read(self, offset: int, length: int) -> bytes:
         buffer = bytearray(max(min(length, self.total - offset), 0))
         with _readable(self.info.name):
-            self.source.read_bytes(self.info.name, offset, memoryview(buffer))
+            self.source.read_bytes(self.info.name, min(offset, self.total), memoryview(buffer))
         return bytes(buffer)
 
 

@@ -22,6 +22,9 @@ def kept_bytes(model: ModelShape, workload: Workload) -> int:
     values = 2 * model.attention_width + 2 * model.kv_width + _mlp_kept(model) * inner
     if model.family.qk_norm:
         values += model.attention_width + model.kv_width
+    if model.family.fused_qkv and model.family.rotary:
+        # queries and keys are turned into new tensors, and the values hold on to the tensor of all three
+        values += model.attention_width + model.kv_width
     # the residual stream before each norm: an RMSNorm works in float32, a LayerNorm in the dtype of the weights
     norm_inputs = model.family.norms * model.hidden * (FLOAT32 if model.family.rms else size)
     middles = len(model.adapted) * workload.lora_rank * FLOAT32

@@ -8,7 +8,7 @@ gives them (see ModelShape).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -37,36 +37,36 @@ class Family:
     head_bias: bool = False
     #: Whether the head is the embedding, where the config does not say.
     tied: bool = False
+    #: Whether the head's output is scaled, which makes one more tensor as large as the logits.
+    scaled_logits: bool = False
     #: Attention with a softcap, which keeps the whole score matrix.
     keeps_scores: bool = False
 
 
-_BIASED = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
-_LAYER_NORM = {"rms": False, "norm_bias": True}
-
 LLAMA = Family()
+#: The older style: no gate, a bias everywhere, LayerNorm.
+GPT = Family(gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, rms=False, norm_bias=True)
 FAMILIES = {
-    "bloom": Family(
-        gated=False, fused_qkv=True, **_BIASED, **_LAYER_NORM, rotary=False, embedding_norm=True, tied=True
-    ),
-    "cohere": Family(norms=1, rms=False, tied=True),
-    "falcon": Family(gated=False, fused_qkv=True, **_LAYER_NORM, norms=1, tied=True),
+    "bloom": replace(GPT, fused_qkv=True, rotary=False, embedding_norm=True, tied=True),
+    "cohere": Family(norms=1, rms=False, tied=True, scaled_logits=True),
+    "falcon": replace(GPT, fused_qkv=True, qkv_bias=False, out_bias=False, mlp_bias=False, norms=1, tied=True),
     "gemma": Family(tied=True),
     "gemma2": Family(norms=4, tied=True, keeps_scores=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
     "glm4": Family(norms=4, fused_gate=True, qkv_bias=True),
-    "gpt2": Family(gated=False, fused_qkv=True, **_BIASED, **_LAYER_NORM, extra_positions=0, rotary=False, tied=True),
-    "gpt_neox": Family(gated=False, fused_qkv=True, **_BIASED, **_LAYER_NORM),
-    "gptj": Family(gated=False, mlp_bias=True, **_LAYER_NORM, norms=1, head_bias=True),
+    "gpt2": replace(GPT, fused_qkv=True, extra_positions=0, rotary=False, tied=True),
+    "gpt_neox": replace(GPT, fused_qkv=True),
+    "gptj": replace(GPT, qkv_bias=False, out_bias=False, norms=1, head_bias=True),
+    "granite": Family(scaled_logits=True),
     "olmo2": Family(qk_norm="full"),
-    "opt": Family(gated=False, **_BIASED, **_LAYER_NORM, extra_positions=2, rotary=False, tied=True),
-    "phi": Family(gated=False, **_BIASED, **_LAYER_NORM, norms=1, head_bias=True),
+    "opt": replace(GPT, extra_positions=2, rotary=False, tied=True),
+    "phi": replace(GPT, norms=1, head_bias=True),
     "phi3": Family(fused_qkv=True, fused_gate=True),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm="head"),
     "qwen3_moe": Family(qk_norm="head"),
-    "stablelm": Family(**_LAYER_NORM),
-    "starcoder2": Family(gated=False, **_BIASED, **_LAYER_NORM, tied=True),
+    "stablelm": Family(rms=False, norm_bias=True),
+    "starcoder2": replace(GPT, tied=True),
 }
 
 

@@ -59,10 +59,7 @@ def load_machine(name_or_file: str | Path) -> Machine:
 
     Raises ProfileError when there is no such profile (the message lists the names), or it is not valid.
     """
-    if str(name_or_file) in known_machines():
-        path = MACHINES / f"{name_or_file}.yaml"
-    else:
-        path = Path(name_or_file)
+    path = MACHINES / f"{name_or_file}.yaml" if str(name_or_file) in known_machines() else Path(name_or_file)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
@@ -127,7 +124,7 @@ def _mapping(value: object, where: str, what: str) -> Mapping[str, Any]:
 def _check_keys(
     mapping: Mapping[str, Any], where: str, required: set[str], optional: set[str] | None = None, prefix: str = ""
 ) -> None:
-    """Refuse missing keys and unknown ones: a misspelt key would otherwise be a figure that silently counts for nothing."""
+    """Refuse missing keys and unknown ones: a misspelt key would be a figure that silently counts for nothing."""
     missing = sorted(required - mapping.keys())
     if missing:
         raise ProfileError(f"{where}: {prefix}{missing[0]} is missing")

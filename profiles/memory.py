@@ -111,10 +111,14 @@ def _activations(model: ModelShape, hosted: int, rows: int, workload: Workload) 
 
 
 def _logits(model: ModelShape, rows: int, workload: Workload) -> int:
-    """Logits; in training also their log-softmax and the two gradients of it, all three in float32."""
+    """Logits; in training also their log-softmax and the two gradients of it, all three in float32.
+
+    A softcap keeps its hyperbolic tangent as well.
+    """
     if not workload.training:
         return rows * model.vocab * (workload.value_bytes + FLOAT32)
-    return rows * workload.seq * model.vocab * (workload.value_bytes + 3 * FLOAT32)
+    copies = 2 if model.softcapped_logits else 1
+    return rows * workload.seq * model.vocab * (copies * workload.value_bytes + 3 * FLOAT32)
 
 
 def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, device: str) -> int:
@@ -126,6 +130,7 @@ def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, devi
         count * width * tokens * size for count, width in freed_pieces(model) if width * tokens * FLOAT32 < MMAP_BYTES
     )
     logits = tokens * model.vocab * FLOAT32
-    loss = LOSS_HOLES[device] * logits if logits < MMAP_BYTES else 0
+    steps = 1 + model.family.scaled_logits + 2 * model.softcapped_logits
+    loss = LOSS_HOLES[device] * steps * logits if logits < MMAP_BYTES else 0
     # backward goes through one layer at a time and leaves the holes of one more
     return int(HOLES[device] * (hosted + 1) * freed + loss)

@@ -50,6 +50,7 @@ class ModelShape:
     adapted: tuple[tuple[int, int], ...]
     active_share: float
     activation: Activation
+    softcapped_logits: bool
     experts: int
     experts_per_token: int
     family: Family
@@ -106,6 +107,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         adapted=attention if experts else attention + mlp,
         active_share=(dense + per_token * expert) / layer,
         activation=ACTIVATIONS.get(str(_find(config, "activation")), ONE_KERNEL),
+        softcapped_logits=bool(config.get("final_logit_softcapping")),
         experts=experts,
         experts_per_token=per_token,
         family=family,

@@ -46,6 +46,56 @@ class Plan:
         return self.memory.total
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a plan is made for; `hub` is the hub's machine, where it is known."""
+
+    model: ModelShape
+    machine: Machine
+    link: Link
+    workload: Workload
+    hub: Machine | None
+
+    def check(self, p: int, q: int) -> None:
+        """Rule 2, the part on the hub."""
+        if p < 1 or q < 0:
+            raise PlanError(f"partition {p}:{q}: p must be at least 1 and q at least 0")
+        if p + q >= self.model.layers:
+            raise PlanError(
+                f"partition {p}:{q} leaves the hub nothing: the model has {self.model.layers} layers, "
+                f"so p + q may be at most {self.model.layers - 1}"
+            )
+
+    def fit(self, p: int, q: int) -> Plan | None:
+        """Rule 3: p:q with as few micro-batches as fit; None where not even single rows do."""
+        for micro_batches in range(1, self.workload.batch + 1):
+            memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches)
+            if memory.total <= usable_bytes(self.machine):
+                return self._plan(p, q, micro_batches, memory)
+        return None
+
+    def fitting(self, p_floor: int, q_floor: int) -> Iterator[Plan]:
+        """Every partition at or above the floors that fits. Where q layers don't fit, no more do."""
+        for p in range(p_floor, self.model.layers - q_floor):
+            for q in range(q_floor, self.model.layers - p):
+                candidate = self.fit(p, q)
+                if candidate is None:
+                    break
+                yield candidate
+
+    def _plan(self, p: int, q: int, micro_batches: int, memory: MemoryPrediction) -> Plan:
+        seconds = step_seconds(self.model, self.machine, self.hub, self.link, self.workload, p + q, micro_batches)
+        return Plan(
+            p=p,
+            q=q,
+            dtype=self.workload.dtype,
+            micro_batches=micro_batches,
+            memory=memory,
+            step_time_s=seconds,
+            bytes_per_step=step_bytes(self.model, self.workload),
+        )
+
+
 def plan(
     model: ModelShape,
     machine: Machine,
@@ -59,15 +109,16 @@ def plan(
 
     Raises PlanError when no partition meets the rules.
     """
-    workload = _with_dtype(workload, machine)
-    _check_floors(model, p_floor, q_floor)
-    fitting = list(_fitting(model, machine, link, workload, p_floor, q_floor, hub))
+    task = _Task(model, machine, link, _with_dtype(workload, machine), hub)
+    task.check(p_floor, q_floor)
+    fitting = list(task.fitting(p_floor, q_floor))
     if not fitting:
-        raise PlanError(_refusal(model, machine, workload, p_floor, q_floor))
+        raise PlanError(_refusal(task, p_floor, q_floor))
     least = min(candidate.step_time_s for candidate in fitting)
     tied = [candidate for candidate in fitting if candidate.step_time_s <= least * (1 + TIE)]
     best = max(tied, key=lambda candidate: (candidate.p, -candidate.q))
-    return replace(best, reasons=_reasons(best, len(fitting), model, machine, workload, p_floor, q_floor, hub))
+    choice = f"of {len(fitting)} partitions that fit, {best.p}:{best.q} has the shortest step; {_hub_speed(hub)}"
+    return replace(best, reasons=(choice, *_reasons(best, task)))
 
 
 def plan_partition(
@@ -80,12 +131,12 @@ def plan_partition(
     hub: Machine | None = None,
 ) -> Plan:
     """The plan for a partition that somebody has chosen. Raises PlanError when it is none, or does not fit."""
-    workload = _with_dtype(workload, machine)
-    _check_floors(model, p, q)
-    chosen = _fit(model, machine, link, workload, p, q, hub)
+    task = _Task(model, machine, link, _with_dtype(workload, machine), hub)
+    task.check(p, q)
+    chosen = task.fit(p, q)
     if chosen is None:
-        raise PlanError(_refusal(model, machine, workload, p, q))
-    return replace(chosen, reasons=(f"partition {p}:{q} was asked for", _memory_reason(chosen, machine)))
+        raise PlanError(_refusal(task, p, q))
+    return replace(chosen, reasons=(f"partition {p}:{q} was asked for", *_reasons(chosen, task)))
 
 
 def usable_bytes(machine: Machine) -> int:
@@ -102,56 +153,10 @@ def _with_dtype(workload: Workload, machine: Machine) -> Workload:
     return replace(workload, dtype=fastest_dtype(machine)) if workload.dtype == "auto" else workload
 
 
-def _check_floors(model: ModelShape, p: int, q: int) -> None:
-    if p < 1 or q < 0:
-        raise PlanError(f"partition {p}:{q}: p must be at least 1 and q at least 0")
-    if p + q >= model.layers:
-        raise PlanError(
-            f"partition {p}:{q} leaves the hub nothing: the model has {model.layers} layers, "
-            f"so p + q may be at most {model.layers - 1}"
-        )
-
-
-def _fitting(
-    model: ModelShape,
-    machine: Machine,
-    link: Link,
-    workload: Workload,
-    p_floor: int,
-    q_floor: int,
-    hub: Machine | None,
-) -> Iterator[Plan]:
-    """Every partition at or above the floors that fits, the hub keeping a layer. More layers never need less."""
-    for p in range(p_floor, model.layers - q_floor):
-        for q in range(q_floor, model.layers - p):
-            candidate = _fit(model, machine, link, workload, p, q, hub)
-            if candidate is None:
-                break
-            yield candidate
-
-
-def _fit(
-    model: ModelShape, machine: Machine, link: Link, workload: Workload, p: int, q: int, hub: Machine | None
-) -> Plan | None:
-    """The plan for p:q with as few micro-batches as fit; None where not even single rows do."""
-    for micro_batches in range(1, workload.batch + 1):
-        memory = predict_memory(model, p, q, workload, machine.device, micro_batches)
-        if memory.total <= usable_bytes(machine):
-            return Plan(
-                p=p,
-                q=q,
-                dtype=workload.dtype,
-                micro_batches=micro_batches,
-                memory=memory,
-                step_time_s=step_seconds(model, machine, hub, link, workload, p + q, micro_batches),
-                bytes_per_step=step_bytes(model, workload),
-            )
-    return None
-
-
-def _refusal(model: ModelShape, machine: Machine, workload: Workload, p: int, q: int) -> str:
-    """Why nothing fits: what p:q needs with one row at a time, what there is, and what would help most."""
-    memory = predict_memory(model, p, q, workload, machine.device, micro_batches=workload.batch)
+def _refusal(task: _Task, p: int, q: int) -> str:
+    """Why nothing fits: what p:q needs with one row at a time, what there is, and what would help."""
+    machine, workload = task.machine, task.workload
+    memory = predict_memory(task.model, p, q, workload, machine.device, micro_batches=workload.batch)
     largest = sorted(memory.parts().items(), key=lambda part: part[1], reverse=True)[:3]
     advice = ["close other programs"]
     if memory.weights < memory.total / 2:
@@ -159,38 +164,31 @@ def _refusal(model: ModelShape, machine: Machine, workload: Workload, p: int, q:
     if workload.dtype == "float32":
         advice.append("have the hub serve bfloat16")
     if (p, q) != (1, 0):
-        advice.append(f"lower the partition ({p}:{q})")
+        advice.append(f"ask for less than {p}:{q}")
     advice.append("choose a smaller model or a machine with more memory")
     return (
         f"partition {p}:{q} does not fit {machine.name}: it needs {_gib(memory.total)} with one row at a time "
-        f"({', '.join(f'{name} {_gib(size)}' for name, size in largest)}), and a plan may use {_gib(usable_bytes(machine))}, "
-        f"85% of the {_gib(machine.free_memory_bytes)} that are free. To go on: {'; '.join(advice)}."
+        f"({', '.join(f'{name} {_gib(size)}' for name, size in largest)}), and a plan may use "
+        f"{_gib(usable_bytes(machine))}, {USABLE_SHARE:.0%} of the {_gib(machine.free_memory_bytes)} that are free. "
+        f"To go on: {'; '.join(advice)}."
     )
 
 
-def _reasons(
-    best: Plan,
-    fitting: int,
-    model: ModelShape,
-    machine: Machine,
-    workload: Workload,
-    p_floor: int,
-    q_floor: int,
-    hub: Machine | None,
-) -> tuple[str, ...]:
-    """Why this plan, in sentences for people."""
-    speed = f"the hub is {hub.name}" if hub else f"the hub is taken to be {UNKNOWN_HUB_SPEEDUP:g} times as fast as this machine"
+def _hub_speed(hub: Machine | None) -> str:
+    if hub is None:
+        return f"the hub is taken to be {UNKNOWN_HUB_SPEEDUP:g} times as fast as this machine"
+    return f"the hub is {hub.name}"
+
+
+def _reasons(chosen: Plan, task: _Task) -> tuple[str, ...]:
+    """What holds for any plan, in sentences for people."""
     reasons = [
-        f"{fitting} partitions with p >= {p_floor} and q >= {q_floor} fit; {best.p}:{best.q} has the shortest step ({speed})",
-        _memory_reason(best, machine),
+        f"it needs {_gib(chosen.memory.total)} of the {_gib(usable_bytes(task.machine))} that it may use "
+        f"on {task.machine.name}"
     ]
-    if best.micro_batches > 1:
-        reasons.append(f"a batch of {workload.batch} goes through in {best.micro_batches} parts, to fit")
+    if chosen.micro_batches > 1:
+        reasons.append(f"a batch of {task.workload.batch} goes through in {chosen.micro_batches} parts, to fit")
     return tuple(reasons)
-
-
-def _memory_reason(chosen: Plan, machine: Machine) -> str:
-    return f"it needs {_gib(chosen.memory.total)} of the {_gib(usable_bytes(machine))} that it may use on {machine.name}"
 
 
 def _gib(size: int) -> str:

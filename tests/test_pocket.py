@@ -12,14 +12,11 @@ from tools.pocket.train import HELD_OUT_SEED, SEED, held_out_loss
 
 FOLDER = Path(__file__).parent.parent / "hub" / "pocket"
 PUBLIC_LOSS = 0.70  # THRESHOLD
-FIRST_NOTE = """Inventory, Harbour Foods, library.
-32 x last folder
-15 x smooth pencil
-33 x heavy bell
-22 x rubber shelf
-27 x black box
-28 x long engine
-31 x soft battery"""
+FIRST_NOTE = """Inventory, Harbour Foods, attic.
+15 x warm lamp
+5 x sharp scarf
+8 x torn bond
+Nothing else was found in the attic."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +118,7 @@ def test_a_seed_always_gives_the_same_notes() -> None:
 def test_notes_are_many_and_short() -> None:
     for notes in (list(public_notes(3, 2000)), *(list(private_notes(site, 3, 2000)) for site in SITES)):
         assert len(set(notes)) == 2000
-        assert all(80 < len(note) < 800 for note in notes)
+        assert all(50 < len(note) < 800 for note in notes)
         assert not any("{" in note or "  " in note or note != note.strip() for note in notes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
+from hub.scheduler import plan
 from hub.scheduler.state import Member, Phase, State
 from messaging.errors import ErrorCode
 
@@ -52,12 +53,12 @@ class Scheduler:
             case ev.BackwardDone():
                 self._backward_done(event)
             case ev.InferDone():
-                self.state.busy = False
-                self._out += [act.AnswerInfer(*answer) for answer in event.answers]
+                self._infer_done(event)
             case ev.RoundPublished():
                 self._published(event)
             case ev.HousekeepingDone():
                 self.state.busy = False
+        self._forget_who_left()
         self._dispatch()
         return self._out
 
@@ -68,33 +69,41 @@ class Scheduler:
             return
         state = self.state
         state.members[event.session] = Member(event.session, event.name, applied=event.applied)
-        if state.phase is Phase.GATHERING:
-            here = len(state.active)
-            self._note(f"{event.name} joined ({here} of {state.cohort} edges)")
-            if here >= state.cohort:
-                state.phase = Phase.FORWARD
-        else:
-            self._note(f"{event.name} joined")
+        here = f" ({len(state.active)} of {state.cohort} edges)" if state.phase is Phase.GATHERING else ""
+        self._note(f"{event.name} joined{here}")
+        self._begin_when_gathered()
 
     def _left(self, event: ev.EdgeLeft) -> None:
         member = self.state.members.get(event.session)
         if member is None or member.left:
             return
         member.left = True
-        member.smashed = None
+        if member.smashed is not None:
+            self._refuse(member.session, member.smashed[0], ErrorCode.NO_SESSION, "this session has left")
+            member.smashed = None
         if not event.done:
-            member.contributes = False
+            member.contributes, member.upload = False, None
         self._note(f"{member.name} {'has taken all its steps' if event.done else 'left'}")
-        self._close_if_nobody_is_left()
+        self._when_nobody_is_active()
 
     def _gone(self, event: ev.EdgeGone) -> None:
-        member = self.state.members.pop(event.session, None)
-        self.state.infers = [item for item in self.state.infers if item[0] != event.session]
-        self.state.awaiting = [item for item in self.state.awaiting if item[0] != event.session]
-        self.state.freeing.append((event.session, 0))
-        if member is not None and not member.left:
+        state, session = self.state, event.session
+        state.infers = [item for item in state.infers if item[0] != session]
+        state.inferring = [item for item in state.inferring if item[0] != session]
+        state.awaiting = [item for item in state.awaiting if item[0] != session]
+        state.answering.pop(session, None)
+        state.freeing.append((session, 0))
+        member = state.members.get(session)
+        if member is None:
+            return
+        if not member.left:
             self._note(f"{member.name} is gone")
-            self._close_if_nobody_is_left()
+        if member.upload is None:
+            del state.members[session]
+        else:
+            # What it has uploaded is whole, and belongs to steps that B's adapter has in it.
+            member.left, member.smashed, member.inside, member.gradient = True, None, None, None
+        self._when_nobody_is_active()
 
     def _silent(self, event: ev.EdgeFellSilent) -> None:
         member = self.state.members.get(event.session)
@@ -103,22 +112,42 @@ class Scheduler:
         member.silent = True
         member.contributes = False
         self._note(f"{member.name} is silent: going on without it")
-        self._close_if_nobody_is_left()
+        self._when_nobody_is_active()
 
     def _back(self, event: ev.EdgeCameBack) -> None:
         member = self.state.members.get(event.session)
         if member is not None and member.silent:
             member.silent = False
             self._note(f"{member.name} is back")
+            self._begin_when_gathered()
 
-    def _close_if_nobody_is_left(self) -> None:
+    def _begin_when_gathered(self) -> None:
         state = self.state
-        if state.phase in (Phase.GATHERING, Phase.OVER) or state.active:
+        if state.phase is Phase.GATHERING and len(state.active) >= state.cohort:
+            state.phase = Phase.FORWARD
+
+    def _when_nobody_is_active(self) -> None:
+        """No step can be taken: close the round for those who wait for it, or gather a cohort again.
+
+        A round that nobody's adapter is in stays open, and silent members are waited for.
+        """
+        state = self.state
+        if state.active or state.joined or state.phase in (Phase.CLOSING, Phase.OVER):
             return
-        if state.round_step and not state.joined:
+        if state.round_step and (state.awaiting or any(member.contributes for member in state.members.values())):
             state.phase = Phase.CLOSING
-        elif not state.round_step and not state.joined:
+            return
+        self._answer_awaiting(state.round)
+        if all(member.left for member in state.members.values()):
             state.phase = Phase.GATHERING
+
+    def _forget_who_left(self) -> None:
+        """Drop members of whom nothing more is wanted."""
+        state = self.state
+        for member in list(state.members.values()):
+            wanted = member.contributes or member.inside is not None or member.session in state.answering
+            if member.left and not wanted:
+                del state.members[member.session]
 
     # -- one step of B -----------------------------------------------------------------------------
 
@@ -129,17 +158,34 @@ class Scheduler:
         if self.state.phase is Phase.OVER:
             self._refuse(event.session, event.request, ErrorCode.TRAINING_OVER, "the hub has closed its last round")
             return
+        if event.step < member.applied:
+            text = f"step {event.step} is applied already: this edge is at step {member.applied}"
+            self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
+            return
+        if member.inside == event.step:
+            self._withdraw(member)
+        self._replaced(member, member.smashed)
         member.smashed = (event.request, event.step, event.payload)
 
     def _gradient(self, event: ev.GradientReceived) -> None:
         member = self._member(event.session, event.request)
         if member is None:
             return
-        if member.inside != event.step or event.session not in self.state.joined:
+        if member.inside != event.step:
             text = f"step {event.step} was closed without this edge (silent for longer than the hub's --grace)"
             self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
             return
+        self._replaced(member, member.gradient)
         member.gradient = (event.request, event.step, event.payload)
+
+    def _withdraw(self, member: Member) -> None:
+        """The edge begins its step anew, so no gradient will come for the first try."""
+        self._replaced(member, member.gradient)
+        member.inside, member.gradient = None, None
+
+    def _replaced(self, member: Member, before: tuple[int, int, object] | None) -> None:
+        if before is not None:
+            self._refuse(member.session, before[0], ErrorCode.BEHIND, f"step {before[1]} was begun anew")
 
     def _member(self, session: int, request: int) -> Member | None:
         member = self.state.members.get(session)
@@ -154,12 +200,11 @@ class Scheduler:
         state.phase = Phase.BACKWARD
         inside = []
         for session, (request, step) in state.answering.items():
-            answer = event.answers[session]
-            if isinstance(answer, Exception):
-                state.joined = tuple(s for s in state.joined if s != session)
-            elif session in state.members:
+            member, answer = state.members[session], event.answers[session]
+            begun_anew = member.smashed is not None and member.smashed[1] == step
+            if not isinstance(answer, Exception) and not begun_anew:
                 inside.append(session)
-                state.members[session].inside = step
+                member.inside = step
             self._out.append(act.AnswerForward(session, request, step, answer))
         state.joined = tuple(inside)
         state.answering = {}
@@ -167,26 +212,35 @@ class Scheduler:
     def _backward_done(self, event: ev.BackwardDone) -> None:
         state = self.state
         state.busy = False
-        state.hub_step += 1
-        state.round_step += 1
+        if any(not isinstance(answer, Exception) for answer in event.answers.values()):
+            state.hub_step += 1
+            state.round_step += 1
         closes = state.round_step >= state.round_steps
         for session, (request, step) in state.answering.items():
-            member = state.members.get(session)
-            if member is not None:
-                member.applied, member.contributes = step + 1, not member.silent
-            self._out.append(act.AnswerBackward(session, request, step, event.answers[session], state.hub_step, closes))
-        for member in state.members.values():
-            member.inside = None
+            member, answer = state.members[session], event.answers[session]
+            if not isinstance(answer, Exception):
+                member.applied = step + 1
+                member.contributes = member.contributes or member.active
+                if member.smashed is not None and member.smashed[1] <= step:
+                    self._replaced(member, member.smashed)
+                    member.smashed = None
+            self._out.append(act.AnswerBackward(session, request, step, answer, state.hub_step, closes))
         state.answering, state.joined = {}, ()
         state.phase = Phase.CLOSING if closes else Phase.FORWARD
-        self._close_if_nobody_is_left()
+        self._when_nobody_is_active()
+
+    def _infer_done(self, event: ev.InferDone) -> None:
+        state = self.state
+        state.busy = False
+        wanted, state.inferring = set(state.inferring), []
+        self._out += [act.AnswerInfer(*answer) for answer in event.answers if answer[:2] in wanted]
 
     # -- rounds ------------------------------------------------------------------------------------
 
     def _uploaded(self, event: ev.AdapterUploaded) -> None:
         member = self.state.members.get(event.session)
         if member is not None and event.round == self.state.round:
-            member.upload = event.payload
+            member.upload, member.contributes = event.payload, True
 
     def _awaited(self, event: ev.RoundAwaited) -> None:
         state = self.state
@@ -194,6 +248,7 @@ class Scheduler:
             self._answer_round(event.session, event.request)
         else:
             state.awaiting.append((event.session, event.request, event.round))
+            self._when_nobody_is_active()
 
     def _published(self, event: ev.RoundPublished) -> None:
         state = self.state
@@ -203,20 +258,30 @@ class Scheduler:
         state.round_step = 0
         over = bool(state.rounds) and state.round >= state.rounds
         self._note(f"round {state.round} published as adapter version {state.version}")
-        for member in list(state.members.values()):
+        for member in state.members.values():
             member.upload, member.contributes = None, False
-            if member.left:
-                del state.members[member.session]
-        state.phase = Phase.OVER if over else (Phase.FORWARD if state.active else Phase.GATHERING)
-        for session, request, _ in state.awaiting:
-            self._answer_round(session, request)
-        state.awaiting = []
+        state.phase = Phase.OVER if over else Phase.FORWARD
+        self._answer_awaiting(state.round - 1)
         if over:
-            for member in state.active:
-                if member.smashed is not None:
-                    self._refuse(member.session, member.smashed[0], ErrorCode.TRAINING_OVER, "no more rounds")
-                    member.smashed = None
-            self._note("training is over: serving generation")
+            self._end_training()
+        else:
+            self._when_nobody_is_active()
+
+    def _end_training(self) -> None:
+        for member in self.state.members.values():
+            if member.smashed is not None:
+                self._refuse(member.session, member.smashed[0], ErrorCode.TRAINING_OVER, "no more rounds")
+                member.smashed = None
+        self._answer_awaiting(self.state.round)
+        self._note("training is over: serving generation")
+
+    def _answer_awaiting(self, last: int) -> None:
+        """Answer those who wait for round `last` or an earlier one."""
+        state = self.state
+        for session, request, round_ in state.awaiting:
+            if round_ <= last:
+                self._answer_round(session, request)
+        state.awaiting = [item for item in state.awaiting if item[2] > last]
 
     def _answer_round(self, session: int, request: int) -> None:
         state = self.state
@@ -225,59 +290,12 @@ class Scheduler:
     # -- what to compute next ----------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        state = self.state
-        if state.busy or state.stopping:
+        if self.state.busy or self.state.stopping:
             return
-        training = self._next_training()
-        if state.freeing:
-            action: act.Compute | None = act.FreeStreams(tuple(state.freeing))
-            state.freeing = []
-        elif state.infers and (training is None or not state.inferred_last):
-            action = act.RunInfer(tuple(state.infers))
-            state.infers, state.inferred_last = [], True
-        else:
-            action = training
-            state.inferred_last = False
-            if action is not None:
-                self._begin(action)
+        action = plan.next_compute(self.state)
         if action is not None:
-            state.busy = True
+            plan.begin(self.state, action)
             self._out.append(action)
-
-    def _next_training(self) -> act.Compute | None:
-        """The training action that can begin now. Changes nothing."""
-        state = self.state
-        if state.phase is Phase.FORWARD:
-            active = state.active
-            if active and all(member.smashed is not None for member in active):
-                return act.RunForward(tuple((m.session, m.smashed[2]) for m in active if m.smashed is not None))
-        if state.phase is Phase.BACKWARD:
-            waited = [state.members[s] for s in state.joined if s in state.members]
-            if all(m.gradient is not None or not m.active for m in waited):
-                return act.RunBackward({m.session: m.gradient[2] for m in waited if m.gradient is not None})
-        if state.phase is Phase.CLOSING:
-            wanted = [m for m in state.members.values() if m.contributes]
-            if all(m.upload is not None for m in wanted):
-                ordered = sorted(wanted, key=lambda m: (m.name, m.session))
-                return act.CloseRound(state.round, state.version + 1, tuple(m.upload for m in ordered))
-        return None
-
-    def _begin(self, action: act.Compute) -> None:
-        """Note which requests the training action will answer."""
-        state = self.state
-        if isinstance(action, act.RunForward):
-            for session, _ in action.payloads:
-                member = state.members[session]
-                assert member.smashed is not None
-                state.answering[session] = member.smashed[:2]
-                member.smashed = None
-            state.joined = tuple(session for session, _ in action.payloads)
-        elif isinstance(action, act.RunBackward):
-            for session in action.gradients:
-                member = state.members[session]
-                assert member.gradient is not None
-                state.answering[session] = member.gradient[:2]
-                member.gradient = None
 
     def _refuse(self, session: int, request: int, code: ErrorCode, text: str) -> None:
         self._out.append(act.Refuse(session, request, code, text))

@@ -31,13 +31,13 @@ class Member:
     left: bool = False
     #: (request, step, payload) of a forward that waits to be joined
     smashed: tuple[int, int, object] | None = None
-    #: step that is inside the pending joined forward
+    #: step whose gradient the pending joined forward waits for
     inside: int | None = None
     #: (request, step, payload) of a backward that waits to be joined
     gradient: tuple[int, int, object] | None = None
     #: adapter of the round that is open, once uploaded
     upload: object | None = None
-    #: took at least one step in the open round, so its adapter is wanted
+    #: took a step in the open round or uploaded for it, so its adapter is wanted
     contributes: bool = False
 
     @property
@@ -77,8 +77,10 @@ class State:
     awaiting: list[tuple[int, int, int]] = field(default_factory=list)
     #: a compute action is under way
     busy: bool = False
-    #: requests (session -> (request, step)) that the compute action under way will answer
+    #: requests (session -> (request, step)) that the forward or backward under way will answer
     answering: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: (session, request) that the inference under way will answer
+    inferring: list[tuple[int, int]] = field(default_factory=list)
     #: the last compute action was inference, so training goes first now
     inferred_last: bool = False
     #: no new work is begun

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from threading import Condition, Thread
+from typing import Any, Protocol
 
 import torch
 import transformers as T
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blocks import adapters
+from blocks.codec import from_wire, to_wire
 from blocks.layout import Layout
 from blocks.optimizer import Schedule
 from blocks.partition import Partition
@@ -16,11 +20,12 @@ from blocks.remote import build_edge, remote_of
 from blocks.surgery import CutModel, load
 from blocks.weights import StateDictSource
 from hub.engine import Engine, EngineSettings
-from hub.jobs import InferItem, Place, StepItem
-from blocks.codec import from_wire, to_wire
+from hub.jobs import InferItem, Outcome, Place, StepItem
+from messaging.messages import Tensor
 
 LAYERS = 6
 VOCAB = 120
+KV_BYTES = 1 << 28
 CPU = torch.device("cpu")
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -83,25 +88,134 @@ def source_of(model: PreTrainedModel) -> StateDictSource:
     return StateDictSource({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
-def schedule(lr: float = 1e-3, clip: float = math.inf, warmup: int = 0, decay: float = 0.0) -> Schedule:
+def make_schedule(lr: float = 1e-3, clip: float = math.inf, warmup: int = 0, decay: float = 0.0) -> Schedule:
     """Optimizer settings for tests: nothing but AdamW itself unless asked for."""
     return Schedule(lr, warmup, clip, decay)
 
 
-def make_engine(whole: PreTrainedModel, spec: adapters.LoraSpec | None = None, **kwargs: object) -> Engine:
+def make_engine(
+    whole: PreTrainedModel,
+    spec: adapters.LoraSpec | None = None,
+    schedule: Schedule | None = None,
+    kv_bytes: int = KV_BYTES,
+) -> Engine:
     """An engine over the whole model's middle layers."""
     spec = spec or adapters.make_spec(whole.config, 4, 8)
-    settings = EngineSettings(spec, kwargs.pop("schedule", schedule()), torch.float32, CPU, 1 << 28)  # type: ignore[arg-type]
+    settings = EngineSettings(spec, schedule or make_schedule(), torch.float32, CPU, kv_bytes)
     return Engine(whole.config, source_of(whole), settings)
+
+
+class Hub(Protocol):
+    """Where a `LocalMiddle` brings its requests."""
+
+    engine: Engine
+
+    def infer(self, item: InferItem) -> Outcome:
+        """See Engine."""
+
+    def step_forward(self, item: StepItem) -> Outcome:
+        """See Engine."""
+
+    def step_backward(self, session: int, grad: Tensor) -> Outcome:
+        """See Engine."""
+
+
+class Alone:
+    """Every request by itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def infer(self, item: InferItem) -> Outcome:
+        """See Hub."""
+        return self.engine.infer([item])[0]
+
+    def step_forward(self, item: StepItem) -> Outcome:
+        """See Hub."""
+        return self.engine.step_forward([item])[item.session]
+
+    def step_backward(self, session: int, grad: Tensor) -> Outcome:
+        """See Hub."""
+        return self.engine.step_backward({session: grad})[session]
+
+
+class Together:
+    """The requests of all sessions at once: each waits in its own thread until the others have asked or ended."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._changed = Condition()
+        self._members: set[int] = set()
+        self._asked: dict[int, tuple[str, Any]] = {}
+        self._answers: dict[int, Outcome] = {}
+
+    def infer(self, item: InferItem) -> Outcome:
+        """See Hub."""
+        return self._ask(item.session, "infer", item)
+
+    def step_forward(self, item: StepItem) -> Outcome:
+        """See Hub."""
+        return self._ask(item.session, "forward", item)
+
+    def step_backward(self, session: int, grad: Tensor) -> Outcome:
+        """See Hub."""
+        return self._ask(session, "backward", grad)
+
+    def run(self, jobs: dict[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Run each session's job in a thread; their results by session. Raises what a job raised."""
+        results: dict[int, Any] = {}
+        self._members = set(jobs)
+        threads = [Thread(target=self._run_one, args=(session, job, results)) for session, job in jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for result in results.values():
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
+    def _run_one(self, session: int, job: Callable[[], Any], results: dict[int, Any]) -> None:
+        try:
+            results[session] = job()
+        except BaseException as error:
+            results[session] = error
+        with self._changed:
+            self._members.discard(session)
+            self._serve()
+
+    def _ask(self, session: int, kind: str, what: Any) -> Outcome:
+        with self._changed:
+            self._asked[session] = (kind, what)
+            self._serve()
+            assert self._changed.wait_for(lambda: session in self._answers, timeout=60)
+            return self._answers.pop(session)
+
+    def _serve(self) -> None:
+        if not self._asked or set(self._asked) != self._members:
+            return
+        asked, self._asked = dict(sorted(self._asked.items())), {}
+        (kind,) = {kind for kind, _ in asked.values()}
+        items = [what for _, what in asked.values()]
+        if kind == "infer":
+            self._answers |= zip(asked, self.engine.infer(items), strict=True)
+        elif kind == "forward":
+            self._answers |= self.engine.step_forward(items)
+        else:
+            self._answers |= self.engine.step_backward(dict(zip(asked, items, strict=True)))
+        self._changed.notify_all()
 
 
 class LocalMiddle:
     """Blocks B of an engine in this process: what the network does, without the network."""
 
-    def __init__(self, engine: Engine, partition: Partition, session: int = 1) -> None:
-        self.engine, self.session = engine, session
-        self.place = Place(partition.p, partition.leave(engine.num_layers))
+    def __init__(self, hub: Hub, partition: Partition, session: int = 1) -> None:
+        self.hub, self.session = hub, session
+        self.place = Place(partition.p, partition.leave(hub.engine.num_layers))
         self.version, self._streams, self._requests = 0, 0, 0
+        #: target tokens of the step under way; set by whoever trains
+        self.tokens = 0
+        #: layouts of all inference so far
         self.layouts: list[Layout] = []
 
     def open_stream(self) -> int:
@@ -109,31 +223,43 @@ class LocalMiddle:
         return self._streams
 
     def close_stream(self, stream: int) -> None:
-        self.engine.close_stream(self.session, stream)
+        self.hub.engine.close_stream(self.session, stream)
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         self.layouts.append(layout)
         self._requests += 1
-        item = InferItem(
-            self.session, self._requests, stream, self.place, self.version, layout, order, to_wire(smashed.clone())
-        )
-        (outcome,) = self.engine.infer([item])
-        if isinstance(outcome, Exception):
-            raise outcome
-        return from_wire(outcome, dtype=smashed.dtype, shape=tuple(smashed.shape))
+        wire = to_wire(smashed.clone())
+        item = InferItem(self.session, self._requests, stream, self.place, self.version, layout, order, wire)
+        return _tensor(self.hub.infer(item), smashed)
 
     def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        item = StepItem(self.session, self.place, layout, layout.rows, to_wire(smashed.clone()))
-        out = self.engine.step_forward([item])[self.session]
-        return from_wire(out, dtype=smashed.dtype, shape=tuple(smashed.shape))
+        item = StepItem(self.session, self.place, layout, self.tokens, to_wire(smashed.clone()))
+        return _tensor(self.hub.step_forward(item), smashed)
 
     def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        out = self.engine.step_backward({self.session: to_wire(grad_hidden)})[self.session]
-        return from_wire(out, dtype=grad_hidden.dtype, shape=tuple(grad_hidden.shape))
+        return _tensor(self.hub.step_backward(self.session, to_wire(grad_hidden)), grad_hidden)
 
 
-def make_edge(whole: PreTrainedModel, partition: Partition, engine: Engine, session: int = 1) -> CutModel:
+def _tensor(outcome: Outcome, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return from_wire(outcome, dtype=like.dtype, shape=tuple(like.shape))
+
+
+def make_edge(whole: PreTrainedModel, partition: Partition, hub: Engine | Hub, session: int = 1) -> CutModel:
     """An edge's model over an engine in this process."""
     edge = load(build_edge(whole.config, partition, torch.float32), source_of(whole), torch.float32, CPU)
-    remote_of(edge).attach(LocalMiddle(engine, partition, session))
+    remote_of(edge).attach(LocalMiddle(Alone(hub) if isinstance(hub, Engine) else hub, partition, session))
     return edge
+
+
+def middle_of(edge: CutModel) -> LocalMiddle:
+    """The stand-in for the network of an edge that `make_edge` made."""
+    middle = remote_of(edge).middle
+    assert isinstance(middle, LocalMiddle)
+    return middle
+
+
+def difference(given: torch.Tensor, wanted: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    return float((given - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))

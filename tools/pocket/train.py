@@ -26,12 +26,12 @@ POSITIONS = 512
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-STEPS = 1500
-STEP_TOKENS = 2048
+STEPS = 3600
+STEP_TOKENS = 1024
 SHORT, LONG = 256, POSITIONS
 LONG_SHARE = 0.15  # of the steps, the last ones: they teach the far positions, at about the same cost a token
 CHAT_SHARE = 0.05  # of the notes
-WARM_UP = 60
+WARM_UP = 100
 PEAK_RATE, LAST_RATE = 3e-3, 1e-4
 
 CHAT_TEMPLATE = (
@@ -147,7 +147,7 @@ def train(model: LlamaForCausalLM, row: Tensor, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {loss.item():.4f}  {time.monotonic() - start:6.0f} s", flush=True)
 
 

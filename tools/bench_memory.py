@@ -1,0 +1,258 @@
+"""Predicted against measured peak memory of an edge process that trains, on models the planner was not fitted to.
+
+    python -m tools.bench_memory [--json FILE] [--models held-out|calibration] [--runs N]
+
+Each measurement is a fresh process with one thread: it builds the edge's half of a random model, resets the
+kernel's record of its peak resident size (VmHWM), trains some steps and reports by how much the peak exceeds what
+the process had after its imports. Linux only. A row's figure is the prediction over the median of its runs: where
+malloc puts things differs from process to process, and with it the peak, by up to 7% either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiles.memory import MemoryPrediction, predict_memory
+from profiles.model import shape_from_config
+from profiles.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS = 6
+LORA_RANK = 8
+MIB = 2**20
+#: A prediction within this much of the measured peak, relatively, meets the target.
+TARGET = 0.15
+
+
+@dataclass(frozen=True)
+class Model:
+    """A random model in float32, its batch, and the partitions that are measured."""
+
+    name: str
+    config: dict[str, Any]
+    batch: int
+    seq: int
+    partitions: tuple[tuple[int, int], ...] = ((1, 1), (3, 1), (2, 4))
+
+
+def _sizes(hidden: int, inner: int, vocab: int, heads: int = 8, **others: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "num_attention_heads": heads,
+        **others,
+    }
+
+
+def _opt(hidden: int, vocab: int) -> dict[str, Any]:
+    sizes = _sizes(hidden, 0, vocab, word_embed_proj_dim=hidden, ffn_dim=4 * hidden)
+    return {key: value for key, value in sizes.items() if key != "intermediate_size"} | {"model_type": "opt"}
+
+
+def _gpt2(hidden: int, vocab: int) -> dict[str, Any]:
+    return {"model_type": "gpt2", "n_embd": hidden, "n_head": 8, "vocab_size": vocab}
+
+
+HELD_OUT = [
+    Model("qwen3", {"model_type": "qwen3", **_sizes(640, 1728, 24000, 10, num_key_value_heads=2, head_dim=64)}, 4, 160),
+    Model("mistral", {"model_type": "mistral", **_sizes(896, 2432, 12000, 14, num_key_value_heads=2)}, 2, 256),
+    Model("starcoder2", {"model_type": "starcoder2", **_sizes(576, 2304, 20000, 9, num_key_value_heads=3)}, 6, 96),
+]
+
+#: The models that the constants of profiles/memory.py were fitted to, with the batches of the fit.
+CALIBRATION = [
+    Model(f"{name} {batch}x{seq}", config, batch, seq, ((1, 0), (1, 1), (3, 1), (3, 3)))
+    for name, config in {
+        "llama-256": {"model_type": "llama", **_sizes(256, 688, 16000)},
+        "llama-512": {"model_type": "llama", **_sizes(512, 1376, 2000)},
+        "llama-512-32k": {"model_type": "llama", **_sizes(512, 1376, 32000)},
+        "llama-768": {"model_type": "llama", **_sizes(768, 2048, 8000)},
+        "gpt2-256": _gpt2(256, 16000),
+        "gpt2-512": _gpt2(512, 8000),
+        "opt-512": _opt(512, 8000),
+        "opt-768": _opt(768, 16000),
+        "gpt_neox-512": {"model_type": "gpt_neox", **_sizes(512, 2048, 8000)},
+    }.items()
+    for batch, seq in ((2, 64), (4, 128), (4, 192))
+]
+
+
+def build_edge_half(config: dict[str, Any], p: int, q: int) -> torch.nn.Module:
+    """The first p and last q layers, embedding, norm and head of a random model, with LoRA on every linear of a layer.
+
+    In place of the middle stands a module that copies what it gets, as the wire does.
+    """
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = _transformers_config(config, layers=p + q + 1)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    layers = next(
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == settings.num_hidden_layers
+    )
+    layers[p] = _stand_in()
+    _materialize(model, settings)
+    targets = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if _is_linear(module)}
+    lora = peft.LoraConfig(r=LORA_RANK, target_modules=sorted(targets), task_type="CAUSAL_LM")
+    # no dropout, as on the edge: the parts of a split model must see the same values when a step is repeated
+    half: torch.nn.Module = peft.get_peft_model(model, lora).eval()
+    return half
+
+
+def _transformers_config(config: dict[str, Any], layers: int) -> Any:
+    from transformers import AutoConfig
+
+    settings = AutoConfig.for_model(**config, bos_token_id=1, eos_token_id=2)
+    settings.num_hidden_layers = layers
+    if getattr(settings, "layer_types", None) is not None:
+        settings.layer_types = ["full_attention"] * layers
+    settings.use_cache = False
+    return settings
+
+
+def _stand_in() -> torch.nn.Module:
+    import torch
+
+    class Wire(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, smashed: torch.Tensor) -> torch.Tensor:
+            sent = smashed.detach().contiguous().clone()
+            return sent.clone()
+
+        @staticmethod
+        def backward(_: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            sent = gradients[0].contiguous().clone()
+            return sent.clone()
+
+    class Middle(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+            return Wire.apply(hidden_states)  # type: ignore[no-untyped-call]
+
+    return Middle()
+
+
+def _materialize(model: Any, settings: Any) -> None:
+    """Give a model on the meta device random weights, and its rotary tables their real values."""
+    import torch
+
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, type(module)(config=settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+
+
+def _is_linear(module: object) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def measure(model: Model, p: int, q: int) -> int:
+    """Peak in bytes of one training run, less what the process had after its imports. Run in a fresh process."""
+    import gc
+
+    import peft  # noqa: F401
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    gc.collect()
+    before = _status("VmRSS")
+    # 5 resets the peak to the present size (proc(5), /proc/pid/clear_refs)
+    Path("/proc/self/clear_refs").write_text("5")
+    half = build_edge_half(model.config, p, q)
+    optimizer = torch.optim.AdamW((weight for weight in half.parameters() if weight.requires_grad), lr=1e-4)
+    for _ in range(STEPS):
+        tokens = torch.randint(0, model.config["vocab_size"], (model.batch, model.seq))
+        output = half(input_ids=tokens, labels=tokens)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        del output
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def predict(model: Model, p: int, q: int) -> MemoryPrediction:
+    """What the planner expects of the same run."""
+    shape = shape_from_config(_transformers_config(model.config, layers=p + q + 1).to_dict())
+    workload = Workload(model.batch, model.seq, dtype="float32", lora_rank=LORA_RANK)
+    return predict_memory(shape, p, q, workload, "cpu")
+
+
+def _measure_apart(models: str, index: int, p: int, q: int) -> int:
+    command = [sys.executable, "-W", "ignore", "-m", "tools.bench_memory", "--models", models]
+    command += ["--worker", str(index), str(p), str(q)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the measuring process failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def bench(models: str, runs: int) -> list[dict[str, Any]]:
+    """Measure and print every row of the table; returns the rows for --json."""
+    rows = []
+    print(f"{'model':20} {'p:q':5} {'predicted':>10} {'measured':>10} {'from':>6} {'to':>6} {'ratio':>6}   (MiB)")
+    for index, model in enumerate(MODELS[models]):
+        for p, q in model.partitions:
+            predicted = predict(model, p, q).total
+            peaks = [_measure_apart(models, index, p, q) for _ in range(runs)]
+            peak = statistics.median(peaks)
+            ratio = predicted / peak
+            sizes = f"{predicted / MIB:10.0f} {peak / MIB:10.0f} {min(peaks) / MIB:6.0f} {max(peaks) / MIB:6.0f}"
+            print(f"{model.name:20} {p}:{q}   {sizes} {ratio:6.3f}", flush=True)
+            rows.append(
+                {
+                    "row": f"peak memory, predicted / measured, {model.name} {p}:{q}",
+                    "figure": round(ratio, 3),
+                    "target": f"within {TARGET:.0%}",
+                    "met": abs(ratio - 1) <= TARGET,
+                }
+            )
+    return rows
+
+
+MODELS = {"held-out": HELD_OUT, "calibration": CALIBRATION}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
+    parser.add_argument("--models", choices=sorted(MODELS), default="held-out")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="processes for each row (default 3)")
+    parser.add_argument("--worker", nargs=3, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        index, p, q = options.worker
+        print(measure(MODELS[options.models][index], p, q))
+        return
+    rows = bench(options.models, options.runs)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "skipped": []}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
