@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -140,15 +140,22 @@ def read_header(file: Path) -> dict[str, tuple[Path, int, TensorInfo]]:
             if length > 100 << 20:
                 raise ValueError("header too long")
             header = json.loads(handle.read(length))
-        start = 8 + length
-        return {
-            name: (
-                file,
-                start + entry["data_offsets"][0],
-                TensorInfo(name, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, struct.error) as error:
+        if not isinstance(header, dict):
+            raise ValueError("its header names no tensors")
+        start, found = 8 + length, {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                offset, info = _entry(name, entry)
+                found[name] = (file, start + offset, info)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise InputError(f"{file} is no readable safetensors file ({error})") from error
+
+
+def _entry(name: str, entry: Any) -> tuple[int, TensorInfo]:
+    """Where one tensor's data begin, counted from the header's end, and what it is."""
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    info = TensorInfo(name, SAFETENSORS_DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+    if begin < 0 or min(info.shape, default=0) < 0 or end - begin != info.nbytes:
+        raise ValueError(f"its header and {name} do not agree")
+    return begin, info

@@ -29,6 +29,9 @@ NoiseOption = Annotated[
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of this edge's key, cache and training.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name to enrol under, shown at the hub (default: this machine's).")
+]
 DEFAULT_STATE = Path("fedsea-edge")
 
 
@@ -52,7 +55,7 @@ def join_(
     lr: Annotated[float | None, typer.Option(help="Learning rate of this edge's blocks (default: the hub's).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all (default: until the hub is done).")] = None,
     state: StateOption = DEFAULT_STATE,
-    name: Annotated[str | None, typer.Option(help="Name shown at the hub (default: this machine's).")] = None,
+    name: NameOption = None,
     device: DeviceOption = "auto",
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
@@ -107,6 +110,7 @@ def generate(
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,
+    name: NameOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, ids and figures.")] = False,
@@ -117,7 +121,7 @@ def generate(
         from edge.generate import generate as run
 
         run(
-            GenerateOptions(join, model, partition, noise, state, max_new_tokens, temperature, seed, device),
+            GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device),
             prompt,
             json_,
         )
@@ -132,6 +136,7 @@ def chat(
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,
+    name: NameOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
 ) -> None:
@@ -140,7 +145,7 @@ def chat(
         from edge.generate import GenerateOptions
         from edge.generate import chat as run
 
-        run(GenerateOptions(join, model, partition, noise, state, max_new_tokens, temperature, seed, device))
+        run(GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
@@ -28,12 +29,13 @@ from edge.state import EdgeState, Membership
 from messaging.console import Journal
 from messaging.edge_transport import EdgeTransport
 from messaging.enrol import enrol
-from messaging.errors import InputError, ProtocolError, Refused
+from messaging.errors import FedseaError, InputError, ProtocolError, Refused
 from messaging.joining import JoinString, read_join
 
 SOFTWARE = "fedsea " + installed_version("fedsea")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ENROL_S = 30.0
+_LEAVE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Connection:
         self.journal = journal
         self.membership = _enrolled(state, journal, join, name)
         self.client = HubClient(EdgeTransport(self.membership.hub, state.keys()), journal)
+
+    def leave(self) -> None:
+        """Say good-bye, if the hub can be reached: it frees what it holds for this session at once."""
+        if self.client.session:
+            with contextlib.suppress(FedseaError):
+                self.client.ask(m.Leave(0, "done"), m.Bye, deadline_s=_LEAVE_S)
 
     def close(self) -> None:
         """End the network thread."""

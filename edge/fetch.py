@@ -45,22 +45,15 @@ class Resource:
     sha256: str | None = None
 
 
-class _Changed(Exception):
-    """The resource is no longer what its first piece said."""
-
-
 def fetch_bytes(asker: Asker, name: str, most: int = MAX_ADAPTER_BYTES, progress: Progress | None = None) -> bytes:
     """A resource of at most so many bytes, in memory. ProtocolError if it does not have its hash, in two tries."""
     resource = Resource(name, most)
     for _ in range(_TRIES):
         data = bytearray()
-        try:
-            for chunk in _stream(asker, resource, 0):
-                for piece in chunk.data.chunks:
-                    data += piece
-                _report(progress, len(data), chunk, resource)
-        except _Changed:
-            continue
+        for chunk in _stream(asker, resource, 0):
+            for piece in chunk.data.chunks:
+                data += piece
+            _report(progress, len(data), chunk, resource)
         if hashlib.sha256(data).hexdigest() == chunk.sha256:
             return bytes(data)
     raise _wrong_hash(resource)
@@ -97,15 +90,12 @@ def _complete(asker: Asker, resource: Resource, part: Path, prefix: bytes, progr
     digest = hashlib.sha256()
     with part.open("a+b") as file:
         done = _resume(file, prefix, digest)
-        try:
-            for chunk in _stream(asker, resource, done):
-                for piece in chunk.data.chunks:
-                    file.write(piece)
-                    digest.update(piece)
-                    done += len(piece)
-                _report(progress, done, chunk, resource)
-        except _Changed:
-            return False
+        for chunk in _stream(asker, resource, done):
+            for piece in chunk.data.chunks:
+                file.write(piece)
+                digest.update(piece)
+                done += len(piece)
+            _report(progress, done, chunk, resource)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest() == chunk.sha256
@@ -126,13 +116,15 @@ def _resume(file: BinaryIO, prefix: bytes, digest: hashlib._Hash) -> int:
 
 
 def _stream(asker: Asker, resource: Resource, offset: int) -> Iterator[Chunk]:
-    """The resource's pieces from `offset` on, at least one; the next are under way while one is worked on."""
-    first = _checked(_ask(asker, resource, offset), resource, offset)
+    """The resource's pieces from `offset` on, at least one; the next are under way while one is worked on.
+
+    A resource that changes meanwhile does not have the hash of its last piece.
+    """
+    chunk = _checked(_ask(asker, resource, offset), resource, offset)
     waiting: deque[tuple[int, Future[Any]]] = deque()
     ahead = offset + CHUNK_BYTES
-    chunk = first
     while True:
-        while ahead < first.total and len(waiting) < IN_FLIGHT + 1:
+        while ahead < chunk.total and len(waiting) < IN_FLIGHT:
             waiting.append((ahead, _ask(asker, resource, ahead)))
             ahead += CHUNK_BYTES
         yield chunk
@@ -140,8 +132,6 @@ def _stream(asker: Asker, resource: Resource, offset: int) -> Iterator[Chunk]:
             return
         at, answer = waiting.popleft()
         chunk = _checked(answer, resource, at)
-        if (chunk.total, chunk.sha256) != (first.total, first.sha256):
-            raise _Changed
 
 
 def _ask(asker: Asker, resource: Resource, offset: int) -> Future[Any]:
@@ -159,7 +149,7 @@ def _checked(answer: Future[Any], resource: Resource, offset: int) -> Chunk:
     if resource.sha256 not in (None, chunk.sha256):
         raise ProtocolError(f"the hub's {resource.name} is not what its manifest says: restart the hub")
     size = min(CHUNK_BYTES, max(chunk.total - offset, 0))
-    if chunk.data.dtype != "u8" or chunk.data.shape != (size,) or sum(map(len, chunk.data.chunks)) != size:
+    if chunk.data.dtype != "u8" or chunk.data.shape != (size,):
         raise ProtocolError(f"the hub sent a piece of {resource.name} that does not have the {size} bytes asked for")
     return chunk
 

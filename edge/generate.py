@@ -26,6 +26,7 @@ class GenerateOptions:
     partition: str | None
     noise: float
     state: Path
+    name: str | None
     max_new_tokens: int
     temperature: float
     seed: int
@@ -92,6 +93,7 @@ def _connect(options: GenerateOptions) -> Any:
         partition=options.partition,
         noise=options.noise,
         state=options.state,
+        name=options.name,
         device=options.device,
         seed=options.seed,
         journal=journal,

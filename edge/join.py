@@ -141,6 +141,19 @@ class Joining:
 
     def _report(self, connection: Connection, trainer: Trainer) -> None:
         progress, path = trainer.progress, connection.state.save(trainer.snapshot())
+        sent, received = connection.client.traffic
+        connection.state.write_report(
+            {
+                "name": connection.membership.name,
+                "steps": progress.step,
+                "rounds": progress.round,
+                "held_out": progress.held_out,
+                "losses": progress.losses,
+                "target_tokens": progress.tokens,
+                "bytes_sent": sent,
+                "bytes_received": received,
+            }
+        )
         if len(progress.held_out) >= 2:
             before, after = progress.held_out[0], progress.held_out[-1]
             self._journal.log(f"held-out loss {before:.4f} before, {after:.4f} after {progress.step} steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Link:
         return int(self._middle.version)
 
     def close(self) -> None:
-        """Leave the hub."""
+        """Leave the hub; its memory of this model's generations is freed."""
+        self._connection.leave()
         self._connection.close()
 
     def __enter__(self) -> Link:
@@ -57,7 +59,7 @@ def connect(
     partition: str | None = None,
     noise: float = 0.02,
     state: str | Path | None = None,
-    name: str = "edge",
+    name: str | None = None,
     device: str = "cpu",
     seed: int = 0,
     journal: Journal | None = None,
@@ -70,7 +72,7 @@ def connect(
     """
     journal = journal or Journal()
     edge_state = EdgeState(Path(state) if state is not None else default_state())
-    connection = Connection(edge_state, journal, join, name)
+    connection = Connection(edge_state, journal, join, name or socket.gethostname())
     try:
         return _connected(connection, model, partition, noise, torch.device(device), seed)
     except BaseException:

@@ -90,6 +90,12 @@ class EdgeState:
         finally:
             os.close(descriptor)
 
+    def write_report(self, report: Mapping[str, object]) -> Path:
+        """What a run came to, as report.json."""
+        path = self.folder / "report.json"
+        write_private(path, json.dumps(report, indent=2).encode() + b"\n")
+        return path
+
     # -- snapshots -----------------------------------------------------------------------------------
 
     def save(self, snapshot: Snapshot) -> Path:

@@ -210,8 +210,9 @@ class Engine:
             try:
                 hidden = self._run_streams(blocks, [part for _, part in batch], caches)
             except HubError as error:
-                # The KV budget ran out part of the way: no cache of this batch can be trusted beyond its past.
-                self._crop(caches)
+                # The KV budget ran out part of the way. Those for whom there is room alone are served.
+                for cache in caches:
+                    cache.undo()
                 if len(batch) > 1:
                     for one in batch:
                         out |= self._infer_cached(blocks, items, [one])
@@ -264,12 +265,6 @@ class Engine:
             raise
         self._streams[key] = cache
         begun.add(key)
-
-    @staticmethod
-    def _crop(caches: Sequence[StreamCache]) -> None:
-        for cache in caches:
-            for layer in cache.layers:
-                layer.crop_to(cache.past)
 
     def close_stream(self, session: int, stream: int) -> None:
         """Free a stream's memory; an unknown one is no error."""

@@ -72,7 +72,7 @@ class StreamLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor, need: int) -> None:
-        capacity = -(-max(need, need + need // 16) // _GROW) * _GROW
+        capacity = _capacity(need)
         rows, heads, _, key_dim = keys.shape
         value_dim = values.shape[-1]
         nbytes = rows * heads * capacity * (key_dim + value_dim) * keys.element_size()
@@ -102,6 +102,18 @@ class StreamLayer(CacheLayerMixin):
         """Forget all positions from `length` on."""
         self.length = min(self.length, length)
 
+    def shrink(self) -> None:
+        """Give back the room that `length` positions do not need."""
+        if self.length == 0:
+            self.free()
+            return
+        before, after = self.keys.shape[-2], _capacity(self.length)
+        if after < before:
+            self.keys, self.values = self.keys[:, :, :after].clone(), self.values[:, :, :after].clone()
+            given = self.nbytes // before * (before - after)
+            self._budget.give(given)
+            self.nbytes -= given
+
     def reorder(self, order: Sequence[int]) -> None:
         """Row i continues row order[i]; the number of rows may change."""
         if not self.is_initialized:
@@ -118,6 +130,11 @@ class StreamLayer(CacheLayerMixin):
         self._budget.give(self.nbytes)
         self.keys = self.values = None
         self.nbytes, self.length, self.is_initialized = 0, 0, False
+
+
+def _capacity(positions: int) -> int:
+    """Positions to make room for, so that a growing stream is seldom copied."""
+    return -(-(positions + positions // 16) // _GROW) * _GROW
 
 
 class StreamCache(Cache):
@@ -148,6 +165,12 @@ class StreamCache(Cache):
         if past == 0 and rows != self.rows:
             self.free()
         self.past, self.rows = past, rows
+
+    def undo(self) -> None:
+        """Back to what `prepare` left, after a forward that ended part of the way."""
+        for layer in self.layers:
+            layer.crop_to(self.past)
+            layer.shrink()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions that this stream holds."""

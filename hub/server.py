@@ -361,6 +361,9 @@ class Server:
             answer = m.Chunk(message.offset, resource.total, resource.sha256, m.Tensor("u8", (len(data),), _cut(data)))
         except FedseaError as error:
             answer = _error(error.code if isinstance(error, HubError) else ErrorCode.NO_RESOURCE, str(error))
+        except Exception as error:  # whatever goes wrong with a file, its asker must not wait for ever
+            self._journal.log(f"serving {message.resource} failed: {error!r}")
+            answer = _error(ErrorCode.COMPUTE, "the hub failed to read what was asked for; its log says why")
         packet = m.Packet(answer, m.Envelope(0, self._desk.epoch, request))
         self._from_thread(partial(self._send, route, packet))
 
@@ -375,6 +378,9 @@ class Server:
                 event = ev.AdapterUploaded(session.number, message.round, adapter)
         except FedseaError as error:
             answer = _error(ErrorCode.PROTOCOL, str(error))
+        except Exception as error:  # as above
+            self._journal.log(f"an upload of {session.name} failed: {error!r}")
+            answer = _error(ErrorCode.COMPUTE, "the hub failed to take the adapter; its log says why")
         self._from_thread(partial(self._uploaded, session, request, answer, event))
 
     def _uploaded(self, session: Session, request: int, answer: m.AnyMessage, event: ev.Event | None) -> None:

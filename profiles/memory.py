@@ -123,14 +123,15 @@ def _logits(model: ModelShape, rows: int, workload: Workload) -> int:
 
 def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, device: str) -> int:
     """Memory lost between tensors, for tensors small enough to come from the allocator's own pool."""
-    if not workload.training:
-        return 0
     size = FREED_BYTES[workload.value_bytes]
     freed = sum(
         count * width * tokens * size for count, width in freed_pieces(model) if width * tokens * FLOAT32 < MMAP_BYTES
     )
+    if not workload.training:
+        # nothing is kept, so each layer finds the holes of the one before it
+        return int(HOLES[device] * freed)
     logits = tokens * model.vocab * FLOAT32
-    steps = 1 + model.family.scaled_logits + 2 * model.softcapped_logits
-    loss = LOSS_HOLES[device] * steps * logits if logits < MMAP_BYTES else 0
+    tensors = 1 + model.family.scaled_logits + 2 * model.softcapped_logits
+    loss = LOSS_HOLES[device] * tensors * logits if logits < MMAP_BYTES else 0
     # backward goes through one layer at a time and leaves the holes of one more
     return int(HOLES[device] * (hosted + 1) * freed + loss)

@@ -3,3 +3,24 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import Programs
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Programs]:
+    """Starts commands; ends them after the test."""
+    with Programs(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def module_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """The same for processes that a module's tests share."""
+    with Programs(tmp_path_factory.mktemp("programs")) as started:
+        yield started

@@ -78,7 +78,7 @@ def _write_shard(path: Path, tensors: Sequence[TensorInfo], generator: torch.Gen
         file.write(struct.pack("<Q", len(text)) + text)
         for info in tensors:
             for piece in _values(info, generator):
-                file.write(memoryview(piece.view(torch.uint8).numpy()))
+                file.write(piece.view(torch.uint8).numpy().tobytes())
 
 
 def _values(info: TensorInfo, generator: torch.Generator) -> Iterator[torch.Tensor]:

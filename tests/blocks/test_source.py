@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +25,7 @@ from blocks.remote import build_edge
 from blocks.source import open_model
 from blocks.surgery import load
 from messaging.errors import InputError, ProtocolError
-from tests.support.folders import sharded_model, single_model, stored
+from tests.support.folders import sharded_model, single_model, stored, watch_reads
 
 REPO = Path(__file__).resolve().parents[2]
 STORIES = REPO.parent / "shared" / "data" / "llama-stories260K-hf"
@@ -77,6 +78,17 @@ def test_bf16_weights_are_read_as_float32(tmp_path: Path) -> None:
     for name, value in stored(tmp_path / "m").items():
         assert source.info(name).dtype == torch.bfloat16
         assert torch.equal(source.read(name, torch.float32), value.float())
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1), (torch.bfloat16, 4)])
+def test_threads_convert_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, most: int
+) -> None:
+    source = open_model(str(sharded_model(tmp_path / "m", torch.bfloat16))).source
+    watched = watch_reads(monkeypatch)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda name: source.read(name, dtype), [*source.names()] * 4))
+    assert watched() == most
 
 
 def test_only_shards_with_a_tensor_that_is_hosted_are_opened(tmp_path: Path) -> None:

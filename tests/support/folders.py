@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from blocks.weights import FileSource
 from tools.make_model import make_model
 
 
@@ -46,3 +51,23 @@ def single_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder, by the safetensors library."""
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """From now on reads of files take a moment; returns how to ask how many were under way at once at most."""
+    lock, counts = threading.Lock(), {"now": 0, "most": 0}
+    plain = FileSource.read
+
+    def read(self: FileSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+        with lock:
+            counts["now"] += 1
+            counts["most"] = max(counts["most"], counts["now"])
+        time.sleep(0.005)
+        try:
+            return plain(self, name, dtype)
+        finally:
+            with lock:
+                counts["now"] -= 1
+
+    monkeypatch.setattr(FileSource, "read", read)
+    return lambda: counts["most"]

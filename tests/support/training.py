@@ -74,9 +74,9 @@ def starting_adapter(model: PreTrainedModel, spec: LoraSpec) -> Adapter:
     return adapter
 
 
-def use_sgd(optimizer: AdapterOptimizer, lr: float) -> None:
+def use_sgd(optimizer: AdapterOptimizer) -> None:
     """Plain SGD in the place of AdamW: all else of a step stays as it is."""
-    optimizer._adam = torch.optim.SGD(list(optimizer._parameters.values()), lr=lr)  # type: ignore[assignment]
+    optimizer._adam = torch.optim.SGD(list(optimizer._parameters.values()), lr=optimizer._schedule.lr)  # type: ignore[assignment]
 
 
 def record_gradients(optimizer: AdapterOptimizer) -> Adapter:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tools import make_model
 
@@ -27,7 +27,7 @@ def test_transformers_loads_it_whole(tmp_path: Path) -> None:
 
 
 def test_shards_stay_below_their_size_and_hold_the_same_values(tmp_path: Path) -> None:
-    config = make_model.LlamaConfig(
+    config = LlamaConfig(
         num_hidden_layers=3, hidden_size=32, intermediate_size=48, num_attention_heads=4, vocab_size=300
     )
     for name, most in (("many", 20 << 10), ("one", 1 << 30)):

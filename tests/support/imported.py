@@ -1,0 +1,21 @@
+"""Everything that the commands import, for the process that `processes.py` forks them from."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from messaging.commands import quiet_libraries
+
+quiet_libraries()
+
+import peft
+import transformers.models.llama.modeling_llama
+import transformers.pipelines
+
+import edge.generate
+import edge.join
+import hub.admin
+import hub.serve
+import hub.store.export
+
+__all__ = ["edge", "hub", "peft", "transformers"]
