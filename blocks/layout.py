@@ -156,8 +156,11 @@ class Layout:
         """
         runs: tuple[tuple[int, ...], ...] = ()
         if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise ProtocolError("only 2-D attention masks cross the wire; give [batch, length] of 0 and 1")
+            if attention_mask.shape != (rows, past + width):
+                raise ProtocolError(
+                    f"an attention mask must be [{rows}, {past + width}] of 0 and 1 here, "
+                    f"cached positions included, not {list(attention_mask.shape)}"
+                )
             attention_mask = attention_mask.bool()
             if not attention_mask.all():
                 runs = tuple(_runs(row) for row in attention_mask)

@@ -134,7 +134,7 @@ def check_against(manifest: Manifest, files: ModelFiles, names: Iterable[str]) -
 
 def _tensor(name: str, dtype: str, shape: list[int], digest: str) -> TensorEntry:
     fits = len(name) <= _MAX_NAME and len(shape) <= _MAX_DIMS and all(type(n) is int and n >= 0 for n in shape)
-    if not fits or SAFETENSORS_DTYPES[dtype].itemsize * math.prod(shape) > 1 << 200:
+    if not fits or SAFETENSORS_DTYPES[dtype].itemsize * math.prod(shape) > MAX_TENSOR_BYTES:
         raise ValueError(f"tensor {name[:80]!r}")
     return TensorEntry(TensorInfo(name, SAFETENSORS_DTYPES[dtype], tuple(shape)), _hash(digest))
 

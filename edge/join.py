@@ -18,7 +18,7 @@ from edge.connection import Connection, HubModel, attach, build, lora_spec
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
 from edge.noise import GaussianNoise
-from edge.planning import Planned, choose_partition
+from edge.planning import Planned, choose_partition, measure_link
 from edge.state import EdgeState
 from edge.trainer import Parts, Trainer
 from messaging.console import Curve, Journal, LiveView
@@ -88,9 +88,17 @@ class Joining:
         self._phase = "planning"
         device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
                               "cpu" if options.device == "auto" else options.device)  # fmt: skip
-        planned = self._planned = choose_partition(options, served, connection.client, device, self._journal)
+        planned = self._planned = choose_partition(
+            options.partition,
+            options.profile,
+            served,
+            lambda: measure_link(connection.client),
+            device,
+            options.batch,
+            options.seq,
+            self._journal,
+        )
         partition = planned.partition
-        partition.check(served.description.num_layers)
         self._phase = "loading blocks"
         noise = self._noise = connection.noise(options.noise, options.seed)
         cut = build(connection, served, partition, noise, device)
@@ -99,10 +107,10 @@ class Joining:
         connection.remember(partition)
         trainer = self._trainer = self._make_trainer(connection, served, cut, welcome)
         packs = served.files.config.model_type in PACKS_EXACTLY
-        source = BatchSource(train, options.batch, options.seq, options.seed, packs, _pad_id(tokenizer))
+        source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
         with _interruptible():
             self._run_trainer(connection, trainer, source, lambda: eval_batches(
-                held_out, options.batch, options.seq, packs, _pad_id(tokenizer)
+                held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
             ))  # fmt: skip
 
     def _make_trainer(self, connection: Connection, served: HubModel, cut: object, welcome: m.Welcome) -> Trainer:

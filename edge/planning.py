@@ -1,16 +1,152 @@
-"""Which partition this edge takes: as given, or planned from the model, this machine and the link."""
+"""Which partition this edge takes: as asked for, or planned from the model, this machine and the link."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedConfig
+
+import messaging.messages as m
 from blocks.partition import Partition
+from blocks.source import open_model
+from blocks.surgery import build_whole
+from edge.connection import SOFTWARE, HubModel
+from edge.fetch import fetch_bytes
+from messaging.console import Journal
+from messaging.console.figures import human_bytes
+from messaging.errors import InputError
+from profiles.errors import PlanError, ProfileError
+from profiles.machine import Machine, load_machine
+from profiles.model import ModelShape, shape_from_config
+from profiles.planner import Plan, plan, plan_partition
+from profiles.probe import probe_machine
+from profiles.workload import Link, Workload
+
+_PINGS = 5
+#: What `edge profile` plans for: a fast home connection, and the defaults of `edge join`.
+_LINK = Link(0.02, 12.5e6, 12.5e6)
+_BATCH, _SEQ = 4, 128
 
 
 @dataclass(frozen=True)
 class Planned:
+    """The partition to take, the rows that fit in one step, and the plan behind it."""
+
     partition: Partition
+    rows: int
+    plan: Plan
 
 
-def choose_partition(options, served, client, device, journal):
-    return Planned(Partition.parse("1:1" if options.partition == "auto" else options.partition))
+def choose_partition(
+    asked: str,
+    profile: str | None,
+    served: HubModel,
+    measure: Callable[[], Link],
+    device: torch.device,
+    batch: int,
+    seq: int,
+    journal: Journal,
+) -> Planned:
+    """Plan for the hub's model on this machine, or on the one of `profile`.
+
+    Raises InputError when the partition is none, or does not fit the memory.
+    """
+    shape = exact_shape(served.files.config)
+    workload = Workload(batch, seq, served.description.dtype)
+    try:
+        machine = load_machine(profile) if profile else probe_machine(device.type)
+        link = measure()
+        journal.log(f"planning for {describe(machine)}, link {1e3 * link.round_trip_s:.1f} ms")
+        if asked == "auto":
+            chosen = plan(shape, machine, link, workload)
+        else:
+            wanted = Partition.parse(asked)
+            wanted.check(shape.layers)
+            chosen = plan_partition(shape, machine, link, workload, wanted.p, wanted.q)
+    except (PlanError, ProfileError) as error:
+        raise InputError(str(error)) from error
+    for reason in chosen.reasons:
+        journal.log(reason)
+    rows = -(-batch // chosen.micro_batches)
+    if rows < batch:
+        journal.log(f"a batch of {batch} does not fit: taking steps of {rows} rows")
+    return Planned(Partition(chosen.p, chosen.q), rows, chosen)
+
+
+def measure_link(asker: Any) -> Link:
+    """Round trip (median) and bandwidth to the hub; the way up is taken to be as fast as the way down."""
+    hello = m.Describe(m.PROTOCOL_VERSION, m.PROTOCOL_VERSION, SOFTWARE)
+    trips = [_seconds(lambda: asker.ask(hello, m.Description)) for _ in range(_PINGS)]
+    trip = statistics.median(trips)
+    # The first fetch opens the connection for bulk; the second is timed.
+    size = len(fetch_bytes(asker, "manifest"))
+    seconds = _seconds(lambda: fetch_bytes(asker, "manifest"))
+    rate = size / max(seconds - trip, 1e-4)
+    return Link(trip, rate, rate)
+
+
+def exact_shape(config: PreTrainedConfig) -> ModelShape:
+    """The model's shape with its real parameter counts, taken from the model on the meta device."""
+    shape = shape_from_config(config.get_text_config().to_dict())
+    model, names = build_whole(config, torch.float32)
+    layers = model.get_submodule(names.prefix)
+    counts = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)  # type: ignore[union-attr]
+    return replace(shape, layer_params=counts)
+
+
+def describe(machine: Machine) -> str:
+    """A machine in a few words."""
+    free = human_bytes(machine.free_memory_bytes)
+    return f"{machine.name} ({machine.device}, {free} free, {machine.flops['float32'] / 1e9:.0f} GFLOP/s in float32)"
+
+
+def show_profile(model: str | None, as_json: bool) -> None:
+    """`edge profile`: this machine, and every partition of a model that fits it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = probe_machine(device)
+    plans = _plans(model, machine) if model else []
+    if as_json:
+        rows = [{**asdict(row), "peak_memory_bytes": row.peak_memory_bytes} for row in plans]
+        print(json.dumps({"machine": asdict(machine), "partitions": rows}))
+        return
+    console = Console()
+    console.print(describe(machine), highlight=False)
+    console.print(f"memory bandwidth {human_bytes(int(machine.bandwidth_bytes_per_s))}/s", highlight=False)
+    if plans:
+        console.print(_table(plans))
+
+
+def _plans(model: str, machine: Machine) -> list[Plan]:
+    shape = exact_shape(open_model(model).config)
+    workload = Workload(_BATCH, _SEQ, "float32" if machine.device == "cpu" else "auto")
+    plans = []
+    for hosted in range(1, shape.layers):
+        try:
+            plans.append(plan_partition(shape, machine, _LINK, workload, hosted - hosted // 2, hosted // 2))
+        except PlanError as error:
+            if not plans:
+                raise InputError(str(error)) from error
+            break
+    return plans
+
+
+def _table(plans: list[Plan]) -> Table:
+    table = Table("partition", "peak memory", "step", "sent and received a step", box=None)
+    for row in plans:
+        memory, sent = human_bytes(row.peak_memory_bytes), human_bytes(row.bytes_per_step)
+        table.add_row(f"{row.p}:{row.q}", memory, f"{row.step_time_s:.2f} s", sent)
+    return table
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE too")
     parser.add_argument("--models", choices=sorted(MODELS), default="held-out")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="processes for each row (default 3)")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="processes for each row (default 1)")
     parser.add_argument("--worker", nargs=3, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
