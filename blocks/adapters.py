@@ -94,7 +94,7 @@ def make_spec(config: PreTrainedConfig, rank: int, alpha: float, targets: Iterab
     model, names = build_whole(config, torch.float32)
     modules = {
         path: module
-        for path, module in model.get_submodule(names.prefix)[0].named_modules()  # type: ignore[index]
+        for path, module in model.get_submodule(names.prefix)[0].named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
     for layer in model.get_submodule(names.prefix):
@@ -200,8 +200,8 @@ def layer_of(name: str, names: LayerNames) -> int:
 
 
 def _in_features(module: nn.Module) -> int:
-    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]  # type: ignore[index,union-attr,return-value]
+    return module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1]  # type: ignore[index,return-value]
 
 
 def _out_features(module: nn.Module) -> int:
-    return module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]  # type: ignore[index,union-attr,return-value]
+    return module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]  # type: ignore[index,return-value]

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from blocks.raw import raw_bytes
 from messaging.errors import NotFinite, ProtocolError
 from messaging.messages import DTYPES, MAX_FRAME_BYTES, Tensor
 
@@ -17,7 +18,7 @@ assert set(_TORCH) == set(DTYPES)
 def to_wire(tensor: torch.Tensor) -> Tensor:
     """A tensor's bytes, little-endian in C order; the buffers share its memory (copied only from a GPU)."""
     flat = tensor.detach().to("cpu").contiguous()
-    data = memoryview(flat.view(-1).view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data = raw_bytes(flat)
     chunks = tuple(data[at : at + MAX_FRAME_BYTES] for at in range(0, len(data), MAX_FRAME_BYTES))
     return Tensor(_NAMES[flat.dtype], tuple(flat.shape), chunks)
 
@@ -37,7 +38,7 @@ def from_wire(tensor: Tensor, *, dtype: torch.dtype, shape: tuple[int | None, ..
     if sum(len(chunk) for chunk in tensor.chunks) != tensor.nbytes:
         raise ProtocolError("a tensor's bytes do not match its shape")
     out = torch.empty(math.prod(tensor.shape), dtype=dtype)
-    raw = memoryview(out.view(torch.uint8).numpy()) if out.numel() else memoryview(bytearray())
+    raw = raw_bytes(out)
     at = 0
     for chunk in tensor.chunks:
         raw[at : at + len(chunk)] = chunk

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from blocks.raw import raw_bytes
 from messaging.errors import InputError
 
 #: safetensors dtype name -> torch dtype
@@ -104,7 +105,7 @@ class FileSource:
         if out.numel() == 0:
             return out
         if target == info.dtype:
-            self.read_bytes(name, 0, memoryview(out.view(-1).view(torch.uint8).numpy()))
+            self.read_bytes(name, 0, raw_bytes(out))
         else:
             self._read_converted(name, info, out.view(-1))
         return out
@@ -125,7 +126,7 @@ class FileSource:
         # Piece by piece, so that converting a large embedding does not hold it twice.
         elements = _PIECE // info.dtype.itemsize
         piece = torch.empty(min(elements, flat.numel()), dtype=info.dtype)
-        raw = memoryview(piece.view(torch.uint8).numpy())
+        raw = raw_bytes(piece)
         for at in range(0, flat.numel(), elements):
             n = min(elements, flat.numel() - at)
             self.read_bytes(name, at * info.dtype.itemsize, raw[: n * info.dtype.itemsize])

@@ -98,7 +98,7 @@ def exact_shape(config: PreTrainedConfig) -> ModelShape:
     shape = shape_from_config(config.get_text_config().to_dict())
     model, names = build_whole(config, torch.float32)
     layers = model.get_submodule(names.prefix)
-    counts = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)  # type: ignore[union-attr]
+    counts = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
     return replace(shape, layer_params=counts)
 
 

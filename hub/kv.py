@@ -49,6 +49,8 @@ class StreamLayer(CacheLayerMixin):
     is_croppable = True
     is_compileable = False
     supports_early_init = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, budget: KvBudget) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class StreamLayer(CacheLayerMixin):
     def free(self) -> None:
         """Return the memory to the budget."""
         self._budget.give(self.nbytes)
-        self.keys = self.values = None
+        self.keys = self.values = torch.empty(0)
         self.nbytes, self.length, self.is_initialized = 0, 0, False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hub.jobs import Place
@@ -54,7 +55,7 @@ class Sessions:
         self._next = epoch * (1 << 20) + 1
         self._by_number: dict[int, Session] = {}
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Session]:
         return iter(list(self._by_number.values()))
 
     def __len__(self) -> int:

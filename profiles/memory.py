@@ -111,14 +111,14 @@ def _activations(model: ModelShape, hosted: int, rows: int, workload: Workload) 
 
 
 def _logits(model: ModelShape, rows: int, workload: Workload) -> int:
-    """Logits; in training also their log-softmax and the two gradients of it, all three in float32.
+    """In training log-softmax and the two gradients of it, in float32: the logits are gone when backward begins.
 
-    A softcap keeps its hyperbolic tangent as well.
+    A softcap keeps its hyperbolic tangent as well. Generation makes logits for the last position only.
     """
     if not workload.training:
         return rows * model.vocab * (workload.value_bytes + FLOAT32)
-    copies = 2 if model.softcapped_logits else 1
-    return rows * workload.seq * model.vocab * (copies * workload.value_bytes + 3 * FLOAT32)
+    softcap = workload.value_bytes if model.softcapped_logits else 0
+    return rows * workload.seq * model.vocab * (3 * FLOAT32 + softcap)
 
 
 def _holes(model: ModelShape, hosted: int, tokens: int, workload: Workload, device: str) -> int:

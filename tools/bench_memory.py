@@ -2,29 +2,39 @@
 
     python -m tools.bench_memory [--json FILE] [--models held-out|calibration] [--runs N]
 
-Each measurement is a fresh process with one thread: it builds the edge's half of a random model, resets the
-kernel's record of its peak resident size (VmHWM), trains some steps and reports by how much the peak exceeds what
-the process had after its imports. Linux only. A row's figure is the prediction over the median of its runs: where
+Each measurement is a fresh process with one thread: it resets the kernel's record of its peak resident size (VmHWM),
+builds the edge's half of a random model with the edge's own code, trains some steps and reports by how much the
+peak exceeds what the process had after its imports. In the hub's place is an echo in the process. Linux only. A row's figure is the prediction over the median of its runs: where
 malloc puts things differs from process to process, and with it the peak, by up to 7% either way.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoConfig
+
+from blocks import adapters
+from blocks.codec import from_wire, to_wire
+from blocks.layout import Layout
+from blocks.optimizer import AdapterOptimizer, Schedule
+from blocks.partition import Partition
+from blocks.remote import build_edge, remote_of
+from blocks.surgery import CutModel, build_whole, load
+from blocks.weights import TensorInfo
 from profiles.memory import MemoryPrediction, predict_memory
 from profiles.model import shape_from_config
 from profiles.workload import Workload
-
-if TYPE_CHECKING:
-    import torch
 
 STEPS = 6
 LORA_RANK = 8
@@ -87,107 +97,97 @@ CALIBRATION = [
 ]
 
 
-def build_edge_half(config: dict[str, Any], p: int, q: int) -> torch.nn.Module:
-    """The first p and last q layers, embedding, norm and head of a random model, with LoRA on every linear of a layer.
+class RandomWeights:
+    """A checkpoint of random weights that is nowhere in memory: each tensor is made when it is read."""
 
-    In place of the middle stands a module that copies what it gets, as the wire does.
-    """
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    settings = _transformers_config(config, layers=p + q + 1)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
-    layers = next(
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == settings.num_hidden_layers
-    )
-    layers[p] = _stand_in()
-    _materialize(model, settings)
-    targets = {name.rsplit(".", 1)[-1] for name, module in layers.named_modules() if _is_linear(module)}
-    lora = peft.LoraConfig(r=LORA_RANK, target_modules=sorted(targets), task_type="CAUSAL_LM")
-    # no dropout, as on the edge: the parts of a split model must see the same values when a step is repeated
-    half: torch.nn.Module = peft.get_peft_model(model, lora).eval()
-    return half
+    def names(self) -> Iterable[str]:
+        """See blocks.weights.WeightSource."""
+        return self._shapes
+
+    def info(self, name: str) -> TensorInfo:
+        """See blocks.weights.WeightSource."""
+        return TensorInfo(name, torch.float32, self._shapes[name])
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """See blocks.weights.WeightSource."""
+        return torch.empty(self._shapes[name], dtype=dtype).normal_(0, 0.02)
+
+
+class Echo:
+    """Blocks B that answer with what they get, through the wire's own code; nothing else is on the edge."""
+
+    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """See blocks.remote.Middle."""
+        return self._answer(smashed)
+
+    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
+        """See blocks.remote.Middle."""
+        return self._answer(grad_hidden)
+
+    def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
+        """See blocks.remote.Middle."""
+        return self._answer(smashed)
+
+    def open_stream(self) -> int:
+        """See blocks.remote.Middle."""
+        return 1
+
+    def close_stream(self, stream: int) -> None:
+        """See blocks.remote.Middle."""
+
+    def _answer(self, tensor: torch.Tensor) -> torch.Tensor:
+        sent = to_wire(tensor)
+        received = replace(sent, chunks=tuple(memoryview(bytes(chunk)) for chunk in sent.chunks))
+        return from_wire(received, dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
+def build_edge_half(config: Any, p: int, q: int) -> CutModel:
+    """The edge's own half of a random model, adapters included, as `edge join` builds it."""
+    cut = build_edge(config, Partition(p, q), torch.float32)
+    names = dict(build_whole(config, torch.float32)[0].named_parameters())
+    load(cut, RandomWeights(names), torch.float32, torch.device("cpu"))
+    adapters.inject(cut, adapters.make_spec(config, LORA_RANK, alpha=16))
+    remote_of(cut).attach(Echo())
+    remote_of(cut).learning = True
+    return cut
 
 
 def _transformers_config(config: dict[str, Any], layers: int) -> Any:
-    from transformers import AutoConfig
-
     settings = AutoConfig.for_model(**config, bos_token_id=1, eos_token_id=2)
     settings.num_hidden_layers = layers
     if getattr(settings, "layer_types", None) is not None:
         settings.layer_types = ["full_attention"] * layers
-    settings.use_cache = False
     return settings
-
-
-def _stand_in() -> torch.nn.Module:
-    import torch
-
-    class Wire(torch.autograd.Function):
-        @staticmethod
-        def forward(_: Any, smashed: torch.Tensor) -> torch.Tensor:
-            sent = smashed.detach().contiguous().clone()
-            return sent.clone()
-
-        @staticmethod
-        def backward(_: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            sent = gradients[0].contiguous().clone()
-            return sent.clone()
-
-    class Middle(torch.nn.Module):
-        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-            return Wire.apply(hidden_states)  # type: ignore[no-untyped-call]
-
-    return Middle()
-
-
-def _materialize(model: Any, settings: Any) -> None:
-    """Give a model on the meta device random weights, and its rotary tables their real values."""
-    import torch
-
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if name.endswith("rotary_emb"):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, type(module)(config=settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
-
-
-def _is_linear(module: object) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")
 
 
 def measure(model: Model, p: int, q: int) -> int:
     """Peak in bytes of one training run, less what the process had after its imports. Run in a fresh process."""
-    import gc
-
-    import peft  # noqa: F401
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    config = _transformers_config(model.config, layers=p + q + 1)
     gc.collect()
     before = _status("VmRSS")
     # 5 resets the peak to the present size (proc(5), /proc/pid/clear_refs)
     Path("/proc/self/clear_refs").write_text("5")
-    half = build_edge_half(model.config, p, q)
-    optimizer = torch.optim.AdamW((weight for weight in half.parameters() if weight.requires_grad), lr=1e-4)
+    cut = build_edge_half(config, p, q)
+    optimizer = AdapterOptimizer(adapters.parameters(cut), Schedule(1e-4, 0, 1.0, 0.0))
     for _ in range(STEPS):
-        tokens = torch.randint(0, model.config["vocab_size"], (model.batch, model.seq))
-        output = half(input_ids=tokens, labels=tokens)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        del output
+        tokens = torch.randint(0, config.vocab_size, (model.batch, model.seq))
+        _summed_loss(cut, tokens).backward()  # type: ignore[no-untyped-call]
+        optimizer.step(tokens.numel())
     return _status("VmHWM") - before
+
+
+def _summed_loss(cut: CutModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss as edge/trainer.py computes it: the logits are gone when backward begins."""
+    logits = cut.model(input_ids=tokens, use_cache=False).logits
+    one = torch.tensor(1.0)
+    loss: torch.Tensor = cut.model.loss_function(
+        logits=logits, labels=tokens, vocab_size=logits.shape[-1], num_items_in_batch=one
+    )
+    return loss
 
 
 def _status(key: str) -> int:

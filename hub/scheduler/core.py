@@ -238,8 +238,8 @@ class Scheduler:
     # -- rounds ------------------------------------------------------------------------------------
 
     def _uploaded(self, event: ev.AdapterUploaded) -> None:
-        member = self.state.members.get(event.session)
-        if member is not None and event.round == self.state.round:
+        state, member = self.state, self.state.members.get(event.session)
+        if member is not None and event.round == state.round and state.round_step:
             member.upload, member.contributes = event.payload, True
 
     def _awaited(self, event: ev.RoundAwaited) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks.codec import from_wire, to_wire
@@ -15,6 +15,7 @@ from messaging.messages import MAX_FRAME_BYTES, Tensor
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int32]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 1 << 30))
 def test_round_trip(dtype: torch.dtype, shape: list[int], seed: int) -> None:
     values = torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

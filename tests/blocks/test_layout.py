@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgpack
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocks.layout import COLUMNS, FROM, MAX_INTS_PER_ROW, REAL, SEGMENTS, Layout
@@ -53,6 +53,7 @@ def assert_says(layout: Layout, mask: torch.Tensor, positions: torch.Tensor) -> 
 # -- round trips -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(masks(), st.sampled_from([COLUMNS, REAL, FROM]), st.integers(1, 9))
 def test_mask_and_positions_come_out_again(given_mask: tuple[torch.Tensor, int], rule: int, start: int) -> None:
     mask, past = given_mask
@@ -63,6 +64,7 @@ def test_mask_and_positions_come_out_again(given_mask: tuple[torch.Tensor, int],
     assert_says(over_the_wire(layout), mask, positions)
 
 
+@settings(deadline=None)
 @given(masks())
 def test_without_positions_columns_are_counted(given_mask: tuple[torch.Tensor, int]) -> None:
     mask, past = given_mask
@@ -70,6 +72,7 @@ def test_without_positions_columns_are_counted(given_mask: tuple[torch.Tensor, i
     assert_says(layout, mask, positions_by(COLUMNS, mask, past, 0))  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), min_size=1, max_size=5), min_size=1, max_size=3)
 )
@@ -86,6 +89,7 @@ def test_segments_come_out_again(rows: list[list[tuple[int, int]]]) -> None:
     assert layout.mask() is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=MAX_INTS_PER_ROW))
 def test_masks_with_holes_come_out_again(row: list[bool]) -> None:
     mask = torch.tensor([row])
@@ -112,6 +116,7 @@ def test_runs_are_written_without_the_last(mask: list[list[int]], ints: tuple[in
     assert Layout.from_call(2, 0, 4, torch.tensor(mask), None).to_ints() == ints
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 60_000), st.integers(0, 4000)), min_size=1, max_size=8),
     st.sampled_from([COLUMNS, REAL, FROM]),
@@ -129,6 +134,7 @@ def test_a_padding_mask_takes_at_most_16_bytes_a_row(paddings: list[Padding], ru
 # -- replay ------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(masks(last_is_real=True), st.sampled_from([COLUMNS, REAL, FROM]), st.integers(1, 9), st.data())
 def test_a_replay_says_of_the_prefix_what_the_requests_said(
     given_mask: tuple[torch.Tensor, int], rule: int, start: int, data: st.DataObject
@@ -148,6 +154,7 @@ def test_a_replay_says_of_the_prefix_what_the_requests_said(
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.integers(-2, 12), st.integers(-(1 << 60), 1 << 60)), max_size=40),
     st.integers(-1, 4),

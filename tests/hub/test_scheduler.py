@@ -1,0 +1,739 @@
+"""The hub's decisions: events in, actions out, by tables; and what no order of events may break."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hub.scheduler import Scheduler
+from hub.scheduler import actions as act
+from hub.scheduler import events as ev
+from hub.scheduler.state import Phase, State
+from messaging.errors import ErrorCode, HubError, NotFinite
+
+Row = tuple[ev.Event, list[act.Action]]
+
+# Requests are numbered by session and step: session 1 asks forward 110 and backward 111 for its step 1.
+
+
+def forward_id(session: int, step: int) -> int:
+    return 100 * session + 10 * step
+
+
+def joined(session: int, name: str | None = None, applied: int = 0) -> ev.Event:
+    return ev.EdgeJoined(session, name or f"edge{session}", True, applied)
+
+
+def smashed(session: int, step: int = 0) -> ev.Event:
+    return ev.SmashedReceived(session, forward_id(session, step), step, f"s{session}.{step}")
+
+
+def gradient(session: int, step: int = 0) -> ev.Event:
+    return ev.GradientReceived(session, forward_id(session, step) + 1, step, f"g{session}.{step}")
+
+
+def run_forward(*sessions: int, step: int = 0) -> act.Action:
+    return act.RunForward(tuple((s, f"s{s}.{step}") for s in sessions))
+
+
+def run_backward(*sessions: int, step: int = 0) -> act.Action:
+    return act.RunBackward({s: f"g{s}.{step}" for s in sessions})
+
+
+def forward_done(*sessions: int) -> ev.Event:
+    return ev.ForwardDone({s: f"h{s}" for s in sessions})
+
+
+def backward_done(*sessions: int) -> ev.Event:
+    return ev.BackwardDone({s: f"d{s}" for s in sessions})
+
+
+def hidden(session: int, step: int = 0) -> act.Action:
+    return act.AnswerForward(session, forward_id(session, step), step, f"h{session}")
+
+
+def grad(session: int, step: int = 0, hub_step: int = 1, closes: bool = False) -> act.Action:
+    return act.AnswerBackward(session, forward_id(session, step) + 1, step, f"d{session}", hub_step, closes)
+
+
+def published(session: int, version: int, round_: int, over: bool = False) -> act.Action:
+    return act.AnswerRound(session, 900 + session, version, round_, over)
+
+
+def awaited(session: int, round_: int = 0) -> ev.Event:
+    return ev.RoundAwaited(session, 900 + session, round_)
+
+
+def uploaded(session: int, round_: int = 0) -> ev.Event:
+    return ev.AdapterUploaded(session, round_, f"a{session}")
+
+
+def close_round(round_: int, *sessions: int) -> act.Action:
+    return act.CloseRound(round_, round_ + 1, tuple(f"a{s}" for s in sessions))
+
+
+def refused(session: int, request: int, code: ErrorCode) -> tuple[int, int, ErrorCode]:
+    return (session, request, code)
+
+
+def play(scheduler: Scheduler, rows: Sequence[tuple[ev.Event, Sequence[object]]]) -> None:
+    """Feed each row's event; its actions, but for notes and the wording of refusals, must be the row's."""
+    for number, (event, wanted) in enumerate(rows):
+        actions = [a for a in scheduler.handle(event) if not isinstance(a, act.Note)]
+        given_ = [(a.session, a.request, a.code) if isinstance(a, act.Refuse) else a for a in actions]
+        assert given_ == list(wanted), f"row {number}: {event}"
+
+
+def scheduler(cohort: int = 2, round_steps: int = 20, rounds: int = 0) -> Scheduler:
+    return Scheduler(State(cohort, round_steps, rounds))
+
+
+#: Two edges in the middle of a joined forward.
+FORWARD_OF_TWO: list[tuple[ev.Event, list[act.Action]]] = [
+    (joined(1), []),
+    (joined(2), []),
+    (smashed(1), []),
+    (smashed(2), [run_forward(1, 2)]),
+]
+#: The same two when both have their hidden states.
+HIDDEN_OF_TWO = [*FORWARD_OF_TWO, (forward_done(1, 2), [hidden(1), hidden(2)])]
+#: The same two after their first step.
+STEP_OF_TWO = [
+    *HIDDEN_OF_TWO,
+    (gradient(2), []),
+    (gradient(1), [run_backward(1, 2)]),
+    (backward_done(1, 2), [grad(1), grad(2)]),
+]
+
+SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
+    "a cohort gathers before its first step": [
+        (joined(1), []),
+        (smashed(1), []),
+        (joined(2), []),
+        (smashed(2), [run_forward(1, 2)]),
+    ],
+    "rows go by name, whoever comes first": [
+        (joined(1, "zoe"), []),
+        (joined(2, "amy"), []),
+        (smashed(1), []),
+        (smashed(2), [run_forward(2, 1)]),
+    ],
+    "a joined step, gradients in any order": [
+        *STEP_OF_TWO,
+        (smashed(2, 1), []),
+        (smashed(1, 1), [run_forward(1, 2, step=1)]),
+    ],
+    "an edge that joins late waits for the step under way": [
+        *FORWARD_OF_TWO,
+        (joined(3, "aaa"), []),
+        (smashed(3), []),
+        (forward_done(1, 2), [hidden(1), hidden(2)]),
+        (gradient(1), []),
+        (gradient(2), [run_backward(1, 2)]),
+        (backward_done(1, 2), [grad(1), grad(2)]),
+        (smashed(1, 1), []),
+        (smashed(2, 1), [act.RunForward(((3, "s3.0"), (1, "s1.1"), (2, "s2.1")))]),
+    ],
+    "an edge that leaves in the middle of the forward counts nothing": [
+        *FORWARD_OF_TWO,
+        (ev.EdgeLeft(2, False), []),
+        (forward_done(1, 2), [hidden(1), hidden(2)]),
+        (gradient(1), [run_backward(1)]),
+        (backward_done(1), [grad(1)]),
+        (smashed(1, 1), [run_forward(1, step=1)]),
+    ],
+    "an edge that leaves in the middle of the backward is in this step and no other": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (gradient(2), [run_backward(1, 2)]),
+        (ev.EdgeLeft(2, False), []),
+        (backward_done(1, 2), [grad(1), grad(2)]),
+        (smashed(1, 1), [run_forward(1, step=1)]),
+    ],
+    "an edge that leaves with a request waiting is answered": [
+        *HIDDEN_OF_TWO,
+        (smashed(2, 1), []),
+        (ev.EdgeLeft(2, False), [refused(2, forward_id(2, 1), ErrorCode.NO_SESSION)]),
+        (gradient(1), [run_backward(1)]),
+    ],
+    "a silent edge is left out, and takes part again when it is back": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (ev.EdgeFellSilent(2), [run_backward(1)]),
+        (gradient(2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
+        (backward_done(1), [grad(1)]),
+        (smashed(1, 1), [run_forward(1, step=1)]),
+        (ev.EdgeCameBack(2), []),
+        (smashed(2, 0), []),
+        (forward_done(1), [hidden(1, 1)]),
+        (gradient(1, 1), [run_backward(1, step=1)]),
+        (backward_done(1), [grad(1, 1, hub_step=2)]),
+        (smashed(1, 2), [act.RunForward(((1, "s1.2"), (2, "s2.0")))]),
+    ],
+    "a gradient that was here before its edge fell silent counts": [
+        *HIDDEN_OF_TWO,
+        (gradient(2), []),
+        (ev.EdgeFellSilent(2), []),
+        (gradient(1), [run_backward(1, 2)]),
+    ],
+    "everybody silent: nothing closes, and the first one back goes on": [
+        *STEP_OF_TWO,
+        (ev.EdgeFellSilent(1), []),
+        (ev.EdgeFellSilent(2), []),
+        (ev.EdgeCameBack(1), []),
+        (smashed(1, 1), [run_forward(1, step=1)]),
+    ],
+    "both silent before the first step, both back": [
+        (joined(1), []),
+        (ev.EdgeFellSilent(1), []),
+        (joined(2), []),
+        (smashed(2), []),
+        (ev.EdgeCameBack(1), []),
+        (smashed(1), [run_forward(1, 2)]),
+    ],
+    "a bad tensor is refused to its edge alone": [
+        *FORWARD_OF_TWO,
+        (
+            ev.ForwardDone({1: "h1", 2: "not finite"}),
+            [hidden(1), act.AnswerForward(2, forward_id(2, 0), 0, "not finite")],
+        ),
+    ],
+    "a repeated forward withdraws the step from the joined one": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (ev.SmashedReceived(2, 777, 0, "again"), [run_backward(1)]),
+        (gradient(2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
+        (backward_done(1), [grad(1)]),
+        (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "again")))]),
+    ],
+    "a forward that is repeated while it is computed is taken from the next": [
+        *FORWARD_OF_TWO,
+        (ev.SmashedReceived(2, 777, 0, "again"), []),
+        (forward_done(1, 2), [hidden(1), hidden(2)]),
+        (gradient(2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
+        (gradient(1), [run_backward(1)]),
+    ],
+    "a step that is being applied is not begun again": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (gradient(2), [run_backward(1, 2)]),
+        (ev.SmashedReceived(2, 777, 0, "again"), []),
+        (ev.GradientReceived(2, 778, 0, "again"), [refused(2, 778, ErrorCode.BEHIND)]),
+        (backward_done(1, 2), [grad(1), refused(2, 777, ErrorCode.BEHIND), grad(2)]),
+        (ev.SmashedReceived(2, 779, 0, "again"), [refused(2, 779, ErrorCode.BEHIND)]),
+    ],
+    "a newer request takes the place of one that waits": [
+        (joined(1), []),
+        (smashed(1), []),
+        (ev.SmashedReceived(1, 777, 0, "again"), [refused(1, forward_id(1, 0), ErrorCode.BEHIND)]),
+        (joined(2), []),
+        (smashed(2), [act.RunForward(((1, "again"), (2, "s2.0")))]),
+    ],
+    "a session that is gone is told nothing, and its caches are freed": [
+        *FORWARD_OF_TWO,
+        (ev.EdgeGone(2), []),
+        (forward_done(1, 2), [hidden(1), act.FreeStreams(((2, 0),))]),
+        (gradient(1), []),
+        (ev.HousekeepingDone(), [run_backward(1)]),
+        (backward_done(1), [grad(1)]),
+    ],
+    "everybody gone in the middle of a step: it is dropped, and counts for nothing": [
+        *HIDDEN_OF_TWO,
+        (ev.EdgeGone(1), [act.FreeStreams(((1, 0),))]),
+        (ev.EdgeGone(2), []),
+        (ev.HousekeepingDone(), [act.FreeStreams(((2, 0),))]),
+        (ev.HousekeepingDone(), [act.RunBackward({})]),
+        (ev.BackwardDone({}), []),
+        (joined(3), []),
+        (joined(4), []),
+        (smashed(3), []),
+        (smashed(4), [run_forward(3, 4)]),
+        (forward_done(3, 4), [hidden(3), hidden(4)]),
+        (gradient(3), []),
+        (gradient(4), [run_backward(3, 4)]),
+        (backward_done(3, 4), [grad(3, hub_step=1), grad(4, hub_step=1)]),
+    ],
+    "who does not train is refused": [
+        (ev.EdgeJoined(1, "reader", False), []),
+        (smashed(1), [refused(1, forward_id(1, 0), ErrorCode.NO_SESSION)]),
+        (gradient(1), [refused(1, forward_id(1, 0) + 1, ErrorCode.NO_SESSION)]),
+    ],
+    "inference waits for the computation under way, then goes in one batch": [
+        (joined(1), []),
+        (joined(2), []),
+        (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),
+        (ev.InferReceived(8, 2, "y"), []),
+        (ev.InferReceived(9, 1, "z"), []),
+        (ev.InferDone(((8, 1, "X"),)), [act.AnswerInfer(8, 1, "X"), act.RunInfer(((8, 2, "y"), (9, 1, "z")))]),
+    ],
+    "inference and training take turns": [
+        *FORWARD_OF_TWO[:3],
+        (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),
+        (smashed(2), []),
+        (ev.InferReceived(8, 2, "y"), []),
+        (ev.InferDone(((8, 1, "X"),)), [act.AnswerInfer(8, 1, "X"), run_forward(1, 2)]),
+        (ev.InferReceived(8, 3, "z"), []),
+        (
+            forward_done(1, 2),
+            [hidden(1), hidden(2), act.RunInfer(((8, 2, "y"), (8, 3, "z")))],
+        ),
+        (gradient(1), []),
+        (gradient(2), []),
+        (ev.InferReceived(8, 4, "w"), []),
+        (
+            ev.InferDone(((8, 2, "Y"), (8, 3, "Z"))),
+            [act.AnswerInfer(8, 2, "Y"), act.AnswerInfer(8, 3, "Z"), run_backward(1, 2)],
+        ),
+        (backward_done(1, 2), [grad(1), grad(2), act.RunInfer(((8, 4, "w"),))]),
+    ],
+    "inference of a session that is gone is not answered": [
+        (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),
+        (ev.InferReceived(8, 2, "y"), []),
+        (ev.InferReceived(9, 1, "z"), []),
+        (ev.EdgeGone(8), []),
+        (ev.InferDone(((8, 1, "X"),)), [act.FreeStreams(((8, 0),))]),
+        (ev.StreamClosed(9, 3), []),
+        (ev.HousekeepingDone(), [act.FreeStreams(((9, 3),))]),
+        (ev.HousekeepingDone(), [act.RunInfer(((9, 1, "z"),))]),
+    ],
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenarios_of_a_cohort_of_two(scenario: str) -> None:
+    play(scheduler(), SCENARIOS[scenario])
+
+
+#: Rounds of one step.
+ONE_STEP = [
+    *HIDDEN_OF_TWO,
+    (gradient(1), []),
+    (gradient(2), [run_backward(1, 2)]),
+    (backward_done(1, 2), [grad(1, closes=True), grad(2, closes=True)]),
+]
+ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
+    "a round closes when all who trained in it have uploaded": [
+        *ONE_STEP,
+        (uploaded(2), []),
+        (awaited(2), []),
+        (smashed(2, 1), []),
+        (uploaded(1), [close_round(0, 1, 2)]),
+        (ev.RoundPublished(1), [published(2, 1, 1)]),
+        (awaited(1), [published(1, 1, 1)]),
+        (smashed(1, 1), [run_forward(1, 2, step=1)]),
+    ],
+    "one that joined too late to train is not waited for": [
+        *ONE_STEP,
+        (joined(3), []),
+        (uploaded(1), []),
+        (uploaded(2), [close_round(0, 1, 2)]),
+    ],
+    "one that falls silent is not waited for, unless it has uploaded": [
+        *ONE_STEP,
+        (uploaded(1), []),
+        (ev.EdgeFellSilent(2), [close_round(0, 1)]),
+    ],
+    "one that is back in time is taken": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (gradient(2), [run_backward(1, 2)]),
+        (ev.EdgeFellSilent(2), []),
+        (backward_done(1, 2), [grad(1, closes=True), grad(2, closes=True)]),
+        (ev.EdgeCameBack(2), []),
+        (uploaded(2), []),
+        (uploaded(1), [close_round(0, 1, 2)]),
+    ],
+    "one that is gone is not waited for": [
+        *ONE_STEP,
+        (uploaded(1), []),
+        (ev.EdgeGone(2), [act.FreeStreams(((2, 0),))]),
+        (ev.HousekeepingDone(), [close_round(0, 1)]),
+    ],
+    "what one uploaded before it was gone is taken": [
+        *ONE_STEP,
+        (uploaded(2), []),
+        (ev.EdgeGone(2), [act.FreeStreams(((2, 0),))]),
+        (ev.HousekeepingDone(), []),
+        (uploaded(1), [close_round(0, 1, 2)]),
+        (ev.RoundPublished(1), []),
+        (smashed(1, 1), [run_forward(1, step=1)]),
+    ],
+    "one that leaves without being done is not waited for": [
+        *ONE_STEP,
+        (uploaded(1), []),
+        (ev.EdgeLeft(2, False), [close_round(0, 1)]),
+        (ev.RoundPublished(1), []),
+    ],
+    "an upload for another round is passed over": [
+        *ONE_STEP,
+        (uploaded(1, 1), []),
+        (uploaded(2), []),
+        (uploaded(1), [close_round(0, 1, 2)]),
+    ],
+    "those who wait for a later round wait on": [
+        *ONE_STEP,
+        (awaited(1, 1), []),
+        (awaited(2, 0), []),
+        (uploaded(1), []),
+        (uploaded(2), [close_round(0, 1, 2)]),
+        (ev.RoundPublished(1), [published(2, 1, 1)]),
+    ],
+}
+
+
+@pytest.mark.parametrize("scenario", ROUNDS)
+def test_scenarios_of_rounds_of_one_step(scenario: str) -> None:
+    play(scheduler(round_steps=1), ROUNDS[scenario])
+
+
+def test_done_members_close_the_round_when_nobody_has_steps_left() -> None:
+    """Their adapters are in it although they have left, and they are told of the publication."""
+    play(
+        scheduler(),
+        [
+            *STEP_OF_TWO,
+            (uploaded(1), []),
+            (ev.EdgeLeft(1, True), []),
+            (awaited(1), []),
+            (smashed(2, 1), [run_forward(2, step=1)]),
+            (forward_done(2), [hidden(2, 1)]),
+            (gradient(2, 1), [run_backward(2, step=1)]),
+            (backward_done(2), [grad(2, 1, hub_step=2)]),
+            (uploaded(2), []),
+            (ev.EdgeLeft(2, True), [close_round(0, 1, 2)]),
+            (awaited(2), []),
+            (ev.RoundPublished(1), [published(1, 1, 1), published(2, 1, 1)]),
+            (joined(3), []),
+            (smashed(3), []),
+            (joined(4), []),
+            (smashed(4), [run_forward(3, 4)]),
+        ],
+    )
+
+
+def test_done_members_do_not_wait_for_silent_ones() -> None:
+    play(
+        scheduler(),
+        [
+            *STEP_OF_TWO,
+            (uploaded(1), []),
+            (ev.EdgeLeft(1, True), []),
+            (awaited(1), []),
+            (ev.EdgeFellSilent(2), [close_round(0, 1)]),
+            (ev.RoundPublished(1), [published(1, 1, 1)]),
+            (ev.EdgeCameBack(2), []),
+            (smashed(2, 1), [run_forward(2, step=1)]),
+        ],
+    )
+
+
+def test_a_round_without_a_step_is_answered_at_once() -> None:
+    """An edge that has nothing left to do must not wait for a round that nobody will take a step in."""
+    play(
+        scheduler(cohort=1),
+        [(joined(1), []), (ev.EdgeLeft(1, True), []), (awaited(1), [published(1, 0, 0)])],
+    )
+
+
+def test_an_edge_that_starts_anew_goes_on_in_the_round_that_is_open() -> None:
+    """Its old session ends without a word; the round is not closed over its head."""
+    hub = scheduler(cohort=1)
+    play(
+        hub,
+        [
+            (joined(1), []),
+            (smashed(1), [run_forward(1)]),
+            (forward_done(1), [hidden(1)]),
+            (gradient(1), [run_backward(1)]),
+            (backward_done(1), [grad(1)]),
+            (ev.EdgeGone(1), [act.FreeStreams(((1, 0),))]),
+            (ev.HousekeepingDone(), []),
+            (joined(2, "edge1", applied=1), []),
+            (smashed(2, 1), [run_forward(2, step=1)]),
+        ],
+    )
+    assert (hub.state.round, hub.state.round_step) == (0, 1)
+
+
+def test_training_is_over_after_the_last_round() -> None:
+    play(
+        scheduler(round_steps=1, rounds=1),
+        [
+            *ONE_STEP,
+            (joined(3), []),
+            (smashed(3), []),
+            (uploaded(1), []),
+            (uploaded(2), [close_round(0, 1, 2)]),
+            (ev.EdgeFellSilent(3), []),
+            (awaited(1), []),
+            (
+                ev.RoundPublished(1),
+                [published(1, 1, 1, over=True), refused(3, forward_id(3, 0), ErrorCode.TRAINING_OVER)],
+            ),
+            (awaited(2), [published(2, 1, 1, over=True)]),
+            (smashed(1, 1), [refused(1, forward_id(1, 1), ErrorCode.TRAINING_OVER)]),
+            (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),
+        ],
+    )
+
+
+def test_a_hub_that_starts_after_its_last_round_only_serves() -> None:
+    done = Scheduler(State(1, 20, rounds=2, round=2, version=2))
+    assert done.state.phase is Phase.OVER
+    play(done, [(joined(1), []), (smashed(1), [refused(1, forward_id(1, 0), ErrorCode.TRAINING_OVER)])])
+
+
+def test_a_gradient_that_fails_is_no_step() -> None:
+    """Neither the edge's count nor the hub's moves, and the round does not close by it."""
+    error = NotFinite("not finite")
+    hub = scheduler(cohort=1, round_steps=1)
+    play(
+        hub,
+        [
+            (joined(1), []),
+            (smashed(1), [run_forward(1)]),
+            (forward_done(1), [hidden(1)]),
+            (gradient(1), [run_backward(1)]),
+            (ev.BackwardDone({1: error}), [act.AnswerBackward(1, 101, 0, error, 0, False)]),
+            (smashed(1), [run_forward(1)]),
+            (ev.ForwardDone({1: error}), [act.AnswerForward(1, 100, 0, error), act.RunBackward({})]),
+            (ev.BackwardDone({}), []),
+        ],
+    )
+    assert (hub.state.hub_step, hub.state.members[1].applied, hub.state.members[1].contributes) == (0, 0, False)
+
+
+def test_a_hub_that_stops_begins_nothing() -> None:
+    hub = scheduler(cohort=1)
+    hub.state.stopping = True
+    play(hub, [(joined(1), []), (smashed(1), []), (ev.InferReceived(8, 1, "x"), []), (ev.StreamClosed(8, 1), [])])
+
+
+def test_people_are_told_who_comes_and_goes() -> None:
+    hub = scheduler()
+    events = [
+        joined(1),
+        joined(2),
+        joined(3),
+        ev.EdgeFellSilent(3),
+        ev.EdgeCameBack(3),
+        ev.EdgeLeft(3, True),
+        ev.EdgeGone(1),
+    ]
+    notes = [action.text for event in events for action in hub.handle(event) if isinstance(action, act.Note)]
+    assert notes == [
+        "edge1 joined (1 of 2 edges)",
+        "edge2 joined (2 of 2 edges)",
+        "edge3 joined",
+        "edge3 is silent: going on without it",
+        "edge3 is back",
+        "edge3 has taken all its steps",
+        "edge1 is gone",
+    ]
+
+
+# -- any order of events -----------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Edges and a compute thread that do anything, at any time; and what must hold all the same."""
+
+    scheduler: Scheduler
+    requests: int = 0
+    sessions: list[int] = field(default_factory=list)
+    trained: list[int] = field(default_factory=list)
+    #: requests without an answer yet, by (session, request)
+    open: set[tuple[int, int]] = field(default_factory=set)
+    computing: act.Compute | None = None
+    #: (session, step) inside the pending forward
+    pending: dict[int, int] = field(default_factory=dict)
+    applied: set[tuple[int, int]] = field(default_factory=set)
+    inferred_in_a_row: int = 0
+
+    def tell(self, event: ev.Event) -> None:
+        ready = self.training_is_ready
+        for action in self.scheduler.handle(event):
+            match action:
+                case act.Note():
+                    pass
+                case act.RunForward() | act.RunBackward() | act.RunInfer() | act.CloseRound() | act.FreeStreams():
+                    assert self.computing is None, "one computation at a time"
+                    self.computing = action
+                    self.begun(action, ready)
+                case _:
+                    key = (action.session, action.request)
+                    assert key in self.open, "every request is answered at most once, and only to who is there"
+                    self.open.discard(key)
+        state = self.scheduler.state
+        if self.computing is None:
+            assert not state.infers
+            assert not state.freeing
+
+    @property
+    def training_is_ready(self) -> bool:
+        state = self.scheduler.state
+        return state.phase is Phase.FORWARD and bool(state.active) and all(m.smashed for m in state.active)
+
+    def begun(self, action: act.Compute, training_was_ready: bool) -> None:
+        match action:
+            case act.RunForward():
+                members = {m.session: m for m in self.scheduler.state.members.values() if m.active}
+                ordered = sorted(members, key=lambda s: (members[s].name, s))
+                assert [session for session, _ in action.payloads] == ordered, "each active member once, by name"
+                self.pending = dict(payload for _, payload in action.payloads)  # type: ignore[misc]
+                assert list(self.pending) == ordered
+            case act.RunBackward():
+                for session, payload in action.gradients.items():
+                    assert payload == (session, self.pending[session])
+            case act.RunInfer():
+                self.inferred_in_a_row = self.inferred_in_a_row + 1 if training_was_ready else 0
+                assert self.inferred_in_a_row <= 1, "inference does not starve training"
+                return
+            case act.CloseRound():
+                assert action.version == self.scheduler.state.version + 1
+        if not isinstance(action, act.FreeStreams):
+            self.inferred_in_a_row = 0
+
+    def finish(self, good: bool) -> None:
+        """The computation under way ends; a session's tensor was fine or not."""
+        action, self.computing = self.computing, None
+        error = HubError(ErrorCode.NOT_FINITE, "bad")
+        match action:
+            case act.RunForward():
+                bad = {next(iter(self.pending))} if self.pending and not good else set()
+                for session in bad:
+                    del self.pending[session]
+                self.tell(ev.ForwardDone({s: error if s in bad else "h" for s, _ in action.payloads}))
+            case act.RunBackward():
+                for session in action.gradients:
+                    if good:
+                        step = (session, self.pending[session])
+                        assert step not in self.applied, "no step is applied twice"
+                        self.applied.add(step)
+                self.tell(ev.BackwardDone(dict.fromkeys(action.gradients, "d" if good else error)))
+            case act.RunInfer():
+                self.tell(ev.InferDone(tuple((s, r, "x") for s, r, _ in action.requests)))
+            case act.CloseRound():
+                self.tell(ev.RoundPublished(action.version))
+            case act.FreeStreams():
+                self.tell(ev.HousekeepingDone())
+
+    def ask(self, session: int) -> int:
+        self.requests += 1
+        self.open.add((session, self.requests))
+        return self.requests
+
+    def do(self, what: str, pick: int, offset: int) -> None:
+        """One thing happens; `pick` chooses the session, `offset` a step or round near the expected one."""
+        if what == "join":
+            session = len(self.sessions) + 1
+            self.sessions.append(session)
+            self.tell(ev.EdgeJoined(session, f"edge{pick % 3}", offset >= 0))
+            return
+        if what == "compute":
+            if self.computing is not None:
+                self.finish(good=offset >= 0)
+            return
+        here = [session for session in self.sessions if session > 0]
+        if not here:
+            return
+        session = here[pick % len(here)]
+        member = self.scheduler.state.members.get(session)
+        step = max((member.applied if member else 0) + min(offset, 1), 0)
+        match what:
+            case "smashed":
+                self.tell(ev.SmashedReceived(session, self.ask(session), step, (session, step)))
+            case "gradient":
+                step = self.pending.get(session, 0) if offset else step
+                self.tell(ev.GradientReceived(session, self.ask(session), step, (session, step)))
+            case "infer":
+                self.tell(ev.InferReceived(session, self.ask(session), "x"))
+            case "await":
+                round_ = max(self.scheduler.state.round + offset, 0)
+                self.tell(ev.RoundAwaited(session, self.ask(session), round_))
+            case "upload":
+                self.tell(ev.AdapterUploaded(session, self.scheduler.state.round, "a"))
+            case "close":
+                self.tell(ev.StreamClosed(session, pick))
+            case "silent":
+                self.tell(ev.EdgeFellSilent(session))
+            case "back":
+                self.tell(ev.EdgeCameBack(session))
+            case "leave":
+                self.tell(ev.EdgeLeft(session, offset >= 0))
+            case "gone":
+                self.gone(session)
+
+    def gone(self, session: int) -> None:
+        self.sessions[session - 1] = -session
+        self.open = {key for key in self.open if key[0] != session}
+        self.tell(ev.EdgeGone(session))
+
+
+#: What happens often stands here more than once.
+HAPPENINGS = [
+    *["join"] * 2,
+    *["smashed"] * 8,
+    *["gradient"] * 8,
+    *["compute"] * 12,
+    *["infer"] * 3,
+    *["upload"] * 4,
+    *["await", "close", "silent", "back", "leave", "gone"],
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(HAPPENINGS), st.integers(0, 5), st.integers(-1, 2)), min_size=20, max_size=120),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(0, 2),
+)
+def test_whatever_happens(happenings: list[tuple[str, int, int]], cohort: int, round_steps: int, rounds: int) -> None:
+    world = World(scheduler(cohort, round_steps, rounds))
+    world.do("join", 0, 0)
+    world.do("join", 1, 0)
+    for happening in happenings:
+        world.do(*happening)
+    for session in [session for session in world.sessions if session > 0]:
+        world.gone(session)
+    while world.computing is not None:
+        world.finish(good=True)
+    state = world.scheduler.state
+    assert not world.open
+    assert (state.members, state.awaiting, state.infers, state.answering, state.busy) == ({}, [], [], {}, False)
+
+
+def test_edges_that_do_their_part_take_every_step() -> None:
+    """No silence, no errors: three edges of unequal length train to the end, with generation in between."""
+    world = World(scheduler(3, 4))
+    steps = {1: 6, 2: 9, 3: 11}
+    for session in steps:
+        world.do("join", session, 0)
+    for turn in range(400):
+        state = world.scheduler.state
+        for session, wanted in steps.items():
+            member = state.members.get(session)
+            if member is None or member.left:
+                continue
+            step = member.applied
+            if state.phase is Phase.CLOSING:
+                world.tell(ev.AdapterUploaded(session, state.round, "a"))
+            elif step == wanted:
+                world.tell(ev.AdapterUploaded(session, state.round, "a"))
+                world.tell(ev.EdgeLeft(session, True))
+            elif member.inside == step and member.gradient is None:
+                world.tell(ev.GradientReceived(session, world.ask(session), step, (session, step)))
+            elif member.inside is None and member.smashed is None and session not in state.answering:
+                world.tell(ev.SmashedReceived(session, world.ask(session), step, (session, step)))
+        if turn % 2:
+            world.tell(ev.InferReceived(9, world.ask(9), "x"))
+        world.do("compute", 0, 0)
+    assert world.applied == {(session, step) for session, wanted in steps.items() for step in range(wanted)}
+    assert world.scheduler.state.hub_step == 11
+    assert not world.scheduler.state.members
