@@ -227,7 +227,22 @@ def build_edge(config: Any, partition: Partition, dtype: torch.dtype, noise: Noi
     cut = keep_layers(model, names, kept, remote)
     _base(cut).register_forward_pre_hook(remote.begin, with_kwargs=True)
     cut.layers[partition.p - 1].register_forward_hook(remote.learn_output)
+    head = cut.model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_packed)
     return cut
+
+
+def _packed(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Give the head a single position in memory of its own, as `generate()` asks for.
+
+    A slice of a longer sequence keeps wide strides, for which oneDNN's bfloat16 product copies the head's whole
+    weight, at every token.
+    """
+    states = args[0]
+    if states.ndim == 3 and states.shape[1] == 1:
+        states = states.clone(memory_format=torch.contiguous_format)
+    return (states, *args[1:])
 
 
 def remote_of(cut: CutModel) -> RemoteBlocks:

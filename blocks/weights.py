@@ -7,6 +7,7 @@ process's memory and would double its peak.
 from __future__ import annotations
 
 import json
+import mmap
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -123,10 +124,12 @@ class FileSource:
                 done += got
 
     def _read_converted(self, name: str, info: TensorInfo, flat: torch.Tensor) -> None:
-        # Piece by piece, so that converting a large embedding does not hold it twice.
-        elements = _PIECE // info.dtype.itemsize
-        piece = torch.empty(min(elements, flat.numel()), dtype=info.dtype)
-        raw = raw_bytes(piece)
+        # Piece by piece, so that converting a large embedding does not hold it twice. The piece lies in a map of
+        # its own: large blocks that come and go on the heap raise glibc's mmap threshold and leave holes.
+        elements = min(_PIECE // info.dtype.itemsize, flat.numel())
+        room = mmap.mmap(-1, elements * info.dtype.itemsize)
+        piece = torch.frombuffer(room, dtype=info.dtype)
+        raw = memoryview(room)
         for at in range(0, flat.numel(), elements):
             n = min(elements, flat.numel() - at)
             self.read_bytes(name, at * info.dtype.itemsize, raw[: n * info.dtype.itemsize])

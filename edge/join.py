@@ -14,6 +14,7 @@ import torch
 
 import messaging.messages as m
 from blocks import adapters
+from blocks.surgery import CutModel
 from edge.connection import Connection, HubModel, attach, build, lora_spec
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
@@ -76,6 +77,7 @@ class Joining:
             name = options.name or socket.gethostname()
             connection = self._connection = Connection(state, self._journal, options.join, name)
             owned.callback(connection.close)
+            owned.callback(connection.leave)
             self._phase = "asking the hub"
             served = self._served = connection.describe(options.model)
             self._train(connection, served)
@@ -113,10 +115,8 @@ class Joining:
                 held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
             ))  # fmt: skip
 
-    def _make_trainer(self, connection: Connection, served: HubModel, cut: object, welcome: m.Welcome) -> Trainer:
-        from blocks.surgery import CutModel
-
-        assert isinstance(cut, CutModel) and self._noise is not None
+    def _make_trainer(self, connection: Connection, served: HubModel, cut: CutModel, welcome: m.Welcome) -> Trainer:
+        assert self._noise is not None
         spec = lora_spec(welcome.recipe, served.files.config)
         adapters.inject(cut, spec)
         adapters.write(cut, connection.adapter(welcome.adapter_version))
@@ -142,8 +142,6 @@ class Joining:
             path = connection.state.save(trainer.snapshot())
             self._journal.log(f"interrupted at step {trainer.progress.step}; saved in {path}")
             self._journal.log(f"go on with: edge join --state {connection.state.folder} --data ...")
-            with contextlib.suppress(Exception):
-                connection.client.submit(m.Leave(0, "interrupted")).result(timeout=2.0)
             raise
         self._report(connection, trainer)
 

@@ -12,11 +12,12 @@ import messaging.messages as m
 from blocks.layout import Layout
 from blocks.partition import Partition
 from hub.jobs import EdgeAdapter, InferItem, Place, StepItem
+from hub.post import refusal
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.sessions import Reception, Session
 from hub.worker import parse_upload
-from messaging.errors import ErrorCode, FedseaError, HubError, InputError, ProtocolError
+from messaging.errors import ErrorCode, HubError, InputError, ProtocolError
 from messaging.replies import Replies
 
 _MOST_ROWS = 1024
@@ -185,19 +186,19 @@ class Desk:
     def hidden(self, action: act.AnswerForward) -> m.AnyMessage:
         """The reply to a StepForward."""
         answer = action.answer
-        return m.StepHidden(action.step, answer) if isinstance(answer, m.Tensor) else _refusal(answer)
+        return m.StepHidden(action.step, answer) if isinstance(answer, m.Tensor) else refusal(answer)
 
     def grad(self, action: act.AnswerBackward) -> m.AnyMessage:
         """The reply to a StepBackward."""
         answer = action.answer
         if not isinstance(answer, m.Tensor):
-            return _refusal(answer)
+            return refusal(answer)
         return m.StepGrad(action.step, action.hub_step, int(action.round_closes), answer)
 
     def infer_hidden(self, action: act.AnswerInfer) -> m.AnyMessage:
         """The reply to an Infer."""
         answer = action.answer
-        return m.InferHidden(answer) if isinstance(answer, m.Tensor) else _refusal(answer)
+        return m.InferHidden(answer) if isinstance(answer, m.Tensor) else refusal(answer)
 
     # -- uploads -------------------------------------------------------------------------------------
 
@@ -219,10 +220,3 @@ class Desk:
             raise ProtocolError("the uploaded adapter is damaged: upload it again")
         tensors = parse_upload(data, self._adapter)
         return len(data), EdgeAdapter(session.number, session.place, message.tokens, tensors)
-
-
-def _refusal(answer: object) -> m.Error:
-    if isinstance(answer, HubError):
-        return m.Error(answer.code, answer.detail, str(answer)[:2000])
-    code = ErrorCode.NOT_FINITE if isinstance(answer, FedseaError) and answer.exit_code == 5 else ErrorCode.PROTOCOL
-    return m.Error(code, 0, str(answer)[:2000])

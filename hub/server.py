@@ -10,15 +10,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import messaging.messages as m
 from hub.desk import Desk
 from hub.figures import Figures
+from hub.filing import Filing
+from hub.jobs import EdgeAdapter
 from hub.library import Library
 from hub.monitor import HubSnapshot
+from hub.post import Post, error, refusal
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
@@ -28,22 +29,17 @@ from hub.store.state import HubState
 from hub.worker import Failure, Progress, Worker
 from messaging.console import Journal
 from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError, Refused, VersionMismatch
-from messaging.framing import decode, encode
-from messaging.transport import Arrival, Channel, HubSide, Route, SendResult
+from messaging.framing import decode
+from messaging.replies import Busy, Gap, New, Replay, Stale
+from messaging.transport import Arrival, Channel, HubSide, Route
 
 _TICK_S = 0.5
 _PARKED_S = 0.02
 _INFER_SILENCE_S = 120.0
 _FLUSH_S = 3.0
-_MOST_PARKED = 4096
-
-
-@dataclass
-class _Parked:
-    """An answer that the socket would not take yet."""
-
-    route: Route
-    frames: list[bytes | memoryview]
+#: Silent training sessions are forgotten after this; their edges may come back all the same.
+_TRAIN_SILENCE_S = 600.0
+_SEEN_S = 60.0
 
 
 class Server:
@@ -63,7 +59,6 @@ class Server:
     ) -> None:
         self._transport = transport
         self._state = state
-        self._library = library
         self._scheduler = Scheduler(scheduler_state)
         self._desk = desk
         self._journal = journal
@@ -71,12 +66,13 @@ class Server:
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._worker = worker_of(lambda event: self._from_thread(partial(self._on_compute, event)))
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._post = Post(transport, desk.epoch, desk.credit_bytes)
+        self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch)
-        self._parked: list[_Parked] = []
         self._applied = dict(desk.applied)
         self._stopping = threading.Event()
         self._tick_at = clock()
+        self._seen_at = clock() + _SEEN_S
         self._failure: BaseException | None = None
         self._figures = Figures(clock)
         self.snapshot: HubSnapshot = self._figures.snapshot(self)
@@ -103,13 +99,13 @@ class Server:
 
     def _main_loop(self) -> None:
         while not self._stopping.is_set() and self._failure is None:
-            wait = _PARKED_S if self._parked else max(self._tick_at - self._clock(), 0.0)
+            wait = _PARKED_S if self._post.waiting else max(self._tick_at - self._clock(), 0.0)
             for arrival in self._transport.poll(wait):
                 self._arrived(arrival)
             while not self._inbox.empty():
                 self._inbox.get()()
-            if self._parked:
-                self._send_parked()
+            if self._post.waiting:
+                self._post.send_parked()
             if self._clock() >= self._tick_at:
                 self._tick()
 
@@ -120,13 +116,13 @@ class Server:
         while not self._inbox.empty():
             self._inbox.get()()
         deadline = self._clock() + _FLUSH_S
-        while self._parked and self._clock() < deadline:
-            self._send_parked()
+        while self._post.waiting and self._clock() < deadline:
+            self._post.send_parked()
             time.sleep(_PARKED_S)
         for session in self._sessions:
             for request, (route, _) in session.routes.items():
-                self._send(route, self._packet(session, request, _error(ErrorCode.SHUTDOWN, "the hub is stopping")))
-        self._files.shutdown()
+                self._post.tell(session, route, request, error(ErrorCode.SHUTDOWN, "the hub is stopping"))
+        self._filing.close()
         if self._failure is None:
             self._worker.save(self._progress())
             step = self._scheduler.state.hub_step
@@ -146,33 +142,29 @@ class Server:
         name = self._state.access.name_of(arrival.key)
         if name is None:
             self._cut_off(arrival.key, "its key is revoked")
+            self._post.reply(arrival.route, 0, error(ErrorCode.NOT_ENROLLED, "this edge's key was revoked at the hub"))
             return
         try:
             packet = decode(arrival.frames, m.TO_HUB)
-        except VersionMismatch as error:
-            self._refuse_unknown(arrival.route, ErrorCode.VERSION, str(error))
-            return
-        except ProtocolError as error:
+        except ProtocolError as fault:
             self._figures.refused += 1
-            self._refuse_unknown(arrival.route, ErrorCode.PROTOCOL, str(error))
+            code = ErrorCode.VERSION if isinstance(fault, VersionMismatch) else ErrorCode.PROTOCOL
+            self._post.reply(arrival.route, 0, refusal(fault, code))
             return
         size = sum(len(frame) for frame in arrival.frames)
         try:
             self._take(arrival.key, name, arrival.route, packet, size)
-        except FedseaError as error:
-            code = error.code if isinstance(error, HubError) else ErrorCode.PROTOCOL
-            detail = error.detail if isinstance(error, HubError) else 0
-            answer = m.Error(code, detail, str(error)[:2000])
-            envelope = m.Envelope(packet.envelope.session, self._desk.epoch, packet.envelope.request)
-            self._send(arrival.route, m.Packet(answer, envelope))
+        except FedseaError as fault:
+            envelope = packet.envelope
+            self._post.reply(arrival.route, envelope.request, refusal(fault), envelope.session)
 
     def _take(self, key: str, name: str, route: Route, packet: m.Packet, size: int) -> None:
         message, envelope = packet.message, packet.envelope
         match message:
             case m.Describe():
-                self._send(route, m.Packet(self._describe(message), m.Envelope(0, self._desk.epoch, envelope.request)))
+                self._post.reply(route, envelope.request, self._describe(message))
             case m.Fetch():
-                self._files.submit(self._fetch, route, envelope.request, message)
+                self._filing.fetch(message, partial(self._post.reply, route, envelope.request))
             case m.Hello():
                 self._hello(key, name, route, envelope.request, message)
             case _:
@@ -187,18 +179,16 @@ class Server:
         match packet.message:
             case m.Ping():
                 session.ping = packet.message
-                self._answer_now(session, route, envelope.request, self._pong())
+                self._post.tell(session, route, envelope.request, self._pong())
             case m.CloseStream():
                 self._decide(ev.StreamClosed(session.number, packet.message.stream))
             case _:
                 session.replies.ack(envelope.ack)
                 if self._admit(session, route, packet, size):
-                    self._begin(session, route, packet)
+                    self._begin(session, packet)
 
     def _admit(self, session: Session, route: Route, packet: m.Packet, size: int) -> bool:
         """Whether a request is to be carried out; duplicates are answered from the record."""
-        from messaging.replies import Busy, Gap, New, Replay, Stale
-
         request = packet.envelope.request
         match session.replies.admit(request):
             case New():
@@ -209,32 +199,31 @@ class Server:
                 session.routes[request] = (route, size)
                 return True
             case Replay(frames):
-                self._send_frames(route, list(frames))
+                self._post.replay(route, frames)
             case Busy():
                 # The answer goes where the edge can be reached now.
                 session.routes[request] = (route, session.routes.get(request, (route, size))[1])
-                self._answer_now(session, route, request, _error(ErrorCode.BUSY, "in work"))
+                self._post.tell(session, route, request, error(ErrorCode.BUSY, "in work"))
             case Stale():
-                self._answer_now(session, route, request, _error(ErrorCode.STALE, "answered long ago"))
+                self._post.tell(session, route, request, error(ErrorCode.STALE, "answered long ago"))
             case Gap(expected):
-                gap = m.Error(ErrorCode.GAP, expected, "an earlier request is missing")
-                self._answer_now(session, route, request, gap)
+                gap = error(ErrorCode.GAP, "an earlier request is missing", expected)
+                self._post.tell(session, route, request, gap)
         return False
 
-    def _begin(self, session: Session, route: Route, packet: m.Packet) -> None:
+    def _begin(self, session: Session, packet: m.Packet) -> None:
         message, request = packet.message, packet.envelope.request
         try:
             event = self._desk.event_of(session, request, message)
-        except FedseaError as error:
-            code = error.code if isinstance(error, HubError) else ErrorCode.PROTOCOL
-            self._answer(session, request, m.Error(code, 0, str(error)[:2000]))
+        except FedseaError as fault:
+            self._post.answer(session, request, refusal(fault))
             return
         match message:
             case m.Upload():
-                self._files.submit(self._upload, session, request, message)
+                self._filing.upload(session, message, partial(self._uploaded, session, request, message.round))
             case m.Leave():
                 self._decide(ev.EdgeLeft(session.number, bool(message.done)))
-                self._answer(session, request, m.Bye())
+                self._post.answer(session, request, m.Bye())
                 if not message.done:
                     self._decide(ev.EdgeGone(session.number))
                     self._sessions.remove(session.number)
@@ -253,10 +242,10 @@ class Server:
         try:
             answer = m.Enrolled(self._state.access.enrol(message.token, arrival.key, message.name))
             self._journal.log(f"{answer.name} enrolled")
-        except Refused as error:
-            answer = _error(ErrorCode.TOKEN, str(error))
-            self._journal.log(f"enrolment of {message.name!r} refused: {error}")
-        self._send(arrival.route, m.Packet(answer, m.Envelope(0, self._desk.epoch, packet.envelope.request)))
+        except Refused as fault:
+            answer = error(ErrorCode.TOKEN, str(fault))
+            self._journal.log(f"enrolment of {message.name!r} refused: {fault}")
+        self._post.reply(arrival.route, packet.envelope.request, answer)
 
     # -- sessions ------------------------------------------------------------------------------------
 
@@ -287,7 +276,8 @@ class Server:
             session = resumed
             self._heard(session)
         welcome = self._desk.welcome(session, scheduler.version, scheduler.round)
-        self._send(route, self._packet(session, request, welcome))
+        self._post.tell(session, route, request, welcome)
+        self._filing.run(partial(self._state.access.record_seen, [key]))
 
     def _heard(self, session: Session) -> None:
         session.heard_at = self._clock()
@@ -313,7 +303,7 @@ class Server:
                 case act.Note():
                     self._journal.log(action.text)
                 case act.Refuse():
-                    self._reply(action.session, action.request, _error(action.code, action.text))
+                    self._reply(action.session, action.request, error(action.code, action.text))
                 case act.AnswerForward():
                     self._reply(action.session, action.request, self._desk.hidden(action))
                 case act.AnswerBackward():
@@ -350,44 +340,6 @@ class Server:
         state = self._scheduler.state
         return Progress(state.hub_step, state.round, state.round_step, state.version, dict(self._applied))
 
-    # -- files -----------------------------------------------------------------------------------------
-
-    def _fetch(self, route: Route, request: int, message: m.Fetch) -> None:
-        """On the files thread."""
-        answer: m.AnyMessage
-        try:
-            resource = self._library.open(message.resource)
-            data = resource.read(message.offset, message.length)
-            answer = m.Chunk(message.offset, resource.total, resource.sha256, m.Tensor("u8", (len(data),), _cut(data)))
-        except FedseaError as error:
-            answer = _error(error.code if isinstance(error, HubError) else ErrorCode.NO_RESOURCE, str(error))
-        except Exception as error:  # whatever goes wrong with a file, its asker must not wait for ever
-            self._journal.log(f"serving {message.resource} failed: {error!r}")
-            answer = _error(ErrorCode.COMPUTE, "the hub failed to read what was asked for; its log says why")
-        packet = m.Packet(answer, m.Envelope(0, self._desk.epoch, request))
-        self._from_thread(partial(self._send, route, packet))
-
-    def _upload(self, session: Session, request: int, message: m.Upload) -> None:
-        """On the files thread; it alone touches receptions."""
-        answer: m.AnyMessage
-        event: ev.Event | None = None
-        try:
-            received, adapter = self._desk.receive(session, message)
-            answer = m.UploadAck(received)
-            if adapter is not None:
-                event = ev.AdapterUploaded(session.number, message.round, adapter)
-        except FedseaError as error:
-            answer = _error(ErrorCode.PROTOCOL, str(error))
-        except Exception as error:  # as above
-            self._journal.log(f"an upload of {session.name} failed: {error!r}")
-            answer = _error(ErrorCode.COMPUTE, "the hub failed to take the adapter; its log says why")
-        self._from_thread(partial(self._uploaded, session, request, answer, event))
-
-    def _uploaded(self, session: Session, request: int, answer: m.AnyMessage, event: ev.Event | None) -> None:
-        if event is not None:
-            self._decide(event)
-        self._answer(session, request, answer)
-
     # -- answers ---------------------------------------------------------------------------------------
 
     def _describe(self, message: m.Describe) -> m.AnyMessage:
@@ -408,42 +360,17 @@ class Server:
             stopping=int(self._stopping.is_set()),
         )
 
+    def _uploaded(
+        self, session: Session, request: int, round_: int, answer: m.AnyMessage, adapter: EdgeAdapter | None
+    ) -> None:
+        if adapter is not None:
+            self._decide(ev.AdapterUploaded(session.number, round_, adapter))
+        self._post.answer(session, request, answer)
+
     def _reply(self, number: int, request: int, message: m.AnyMessage) -> None:
         session = self._sessions.find(number)
         if session is not None:
-            self._answer(session, request, message)
-
-    def _answer(self, session: Session, request: int, message: m.AnyMessage) -> None:
-        """The final answer to an admitted request: recorded, so that a repetition gets the same."""
-        route, size = session.routes.pop(request, (None, 0))
-        session.outstanding -= size
-        frames = encode(self._packet(session, request, message))
-        session.replies.record(request, frames)
-        if route is not None:
-            self._send_frames(route, frames)
-
-    def _answer_now(self, session: Session, route: Route, request: int, message: m.AnyMessage) -> None:
-        self._send(route, self._packet(session, request, message))
-
-    def _packet(self, session: Session, request: int, message: m.AnyMessage) -> m.Packet:
-        ack = session.replies.next - 1
-        return m.Packet(message, m.Envelope(session.number, self._desk.epoch, request, ack, self._desk.credit_bytes))
-
-    def _refuse_unknown(self, route: Route, code: ErrorCode, text: str) -> None:
-        self._send(route, m.Packet(_error(code, text), m.Envelope(0, self._desk.epoch, 0)))
-
-    def _send(self, route: Route, packet: m.Packet) -> None:
-        self._send_frames(route, encode(packet))
-
-    def _send_frames(self, route: Route, frames: list[bytes | memoryview]) -> None:
-        if self._transport.send(route, frames) is SendResult.FULL and len(self._parked) < _MOST_PARKED:
-            self._parked.append(_Parked(route, frames))
-
-    def _send_parked(self) -> None:
-        waiting, self._parked = self._parked, []
-        for item in waiting:
-            if self._transport.send(item.route, item.frames) is SendResult.FULL:
-                self._parked.append(item)
+            self._post.answer(session, request, message)
 
     # -- time ------------------------------------------------------------------------------------------
 
@@ -455,19 +382,14 @@ class Server:
             if session.train and quiet > self._grace_s and not session.silent:
                 session.silent = True
                 self._decide(ev.EdgeFellSilent(session.number))
-            elif not session.train and quiet > _INFER_SILENCE_S:
+            elif quiet > (_TRAIN_SILENCE_S if session.train else _INFER_SILENCE_S) and quiet > self._grace_s:
                 self._close(session, f"nothing heard for {quiet:.0f} s")
         if self._state.access.refresh():
             for session in self._sessions:
                 if self._state.access.name_of(session.key) is None:
                     self._close(session, "its key is revoked")
+        if now >= self._seen_at:
+            self._seen_at = now + _SEEN_S
+            seen = {session.key for session in self._sessions if now - session.heard_at < _SEEN_S}
+            self._filing.run(partial(self._state.access.record_seen, seen))
         self.snapshot = self._figures.snapshot(self)
-
-
-def _error(code: ErrorCode, text: str) -> m.Error:
-    return m.Error(code, 0, text)
-
-
-def _cut(data: bytes) -> tuple[memoryview, ...]:
-    view = memoryview(data)
-    return tuple(view[at : at + m.MAX_FRAME_BYTES] for at in range(0, len(view), m.MAX_FRAME_BYTES))

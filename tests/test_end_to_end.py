@@ -28,6 +28,9 @@ NAMES = ("clinic", "lawfirm")
 ROUNDS, ROUND_STEPS = 2, 5
 HIDDEN = 192
 
+# peft asks transformers for an attribute by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -86,8 +89,10 @@ def test_both_held_out_losses_fall(trained: Trained) -> None:
 def test_hub_publishes_a_version_a_round(trained: Trained) -> None:
     status = trained.hub.status()
     assert status["stored"]["adapter"]["version"] == ROUNDS
-    assert status["live"]["hub_step"] == ROUNDS * ROUND_STEPS
-    assert status["live"]["phase"] == "serving generation"
+    trained.hub.until(
+        lambda live: live["hub_step"] == ROUNDS * ROUND_STEPS and live["phase"] == "serving generation",
+        "a status with all steps taken",
+    )
     assert all(report["steps"] == ROUNDS * ROUND_STEPS for report in trained.reports.values())
 
 

@@ -6,7 +6,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
+from blocks.partition import Partition
 from tools import bench_memory
 from tools.bench_memory import CALIBRATION, HELD_OUT
 
@@ -19,10 +21,13 @@ def test_no_model_of_the_table_took_part_in_the_fit() -> None:
 
 
 def test_the_benchmark_predicts_what_it_measures() -> None:
-    # a model of six hosted layers and one on the hub, whatever the partition
-    parts = bench_memory.predict(HELD_OUT[0], 2, 4)
-    assert parts.weights > bench_memory.predict(HELD_OUT[0], 1, 1).weights
-    assert parts.logits == 4 * 4 * 4 * 160 * 24000
+    model = HELD_OUT[0]
+    whole, smallest = (bench_memory.predict(model, p, q) for p, q in ((2, 4), (1, 1)))
+    cut = bench_memory.build_edge(
+        bench_memory._transformers_config(model.config, layers=7), Partition(2, 4), torch.float32
+    )
+    assert whole.weights == 4 * sum(weight.numel() for weight in cut.model.parameters())
+    assert whole.weights > smallest.weights
 
 
 @pytest.mark.slow

@@ -60,9 +60,11 @@ def test_counts_that_a_caller_knows_take_the_place_of_derived_ones() -> None:
 
 
 def test_the_logits_of_a_training_step() -> None:
-    # logits, log-softmax, and the gradient of each
-    assert predict().logits == 4 * 4 * (4 * 32 * 500)
-    assert predict(workload=replace(TRAINING, dtype="bfloat16")).logits == (2 + 3 * 4) * (4 * 32 * 500)
+    # the log-softmax and two gradients of it, float32 whatever the weights are
+    assert predict().logits == 3 * 4 * (4 * 32 * 500)
+    assert predict(workload=replace(TRAINING, dtype="bfloat16")).logits == predict().logits
+    capped = shape_from_config(CONFIG | {"final_logit_softcapping": 30.0})
+    assert predict(model=capped).logits == 4 * 4 * (4 * 32 * 500)
 
 
 def test_generation_needs_a_cache_and_no_gradients() -> None:

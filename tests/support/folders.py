@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +73,10 @@ def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     monkeypatch.setattr(FileSource, "read", read)
     return lambda: counts["most"]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; None takes one out."""
+    fields = json.loads(path.read_bytes())
+    fields.update(changes)
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
