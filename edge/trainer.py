@@ -26,6 +26,8 @@ from messaging.console import Journal
 from messaging.errors import ErrorCode, HubError, LinkLost, NotFinite
 
 _PIECE = 4 << 20
+#: How long to leave a hub alone that says it is stopping.
+_STOPPING_S = 0.5
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Trainer:
             closes, over = self._one_step(batch_of)
             done = self._steps is not None and progress.step >= self._steps
             if closes or (done and not over):
-                over = self._finish_round(done) or over
+                over = self._close_round(done) or over
                 self._evaluate(held_out)
         progress.phase = "done"
 
@@ -158,6 +160,24 @@ class Trainer:
         return loss
 
     # -- rounds ----------------------------------------------------------------------------------------
+
+    def _close_round(self, done: bool) -> bool:
+        """`_finish_round`, repeated where the link broke; False too where the hub has to go on with the round."""
+        while True:
+            try:
+                return self._finish_round(done)
+            except LinkLost:
+                self._parts.journal.log("the connection broke at the end of a round: repeating it")
+            except HubError as error:
+                if error.code is ErrorCode.BEHIND:
+                    return False
+                if error.code is not ErrorCode.SHUTDOWN:
+                    raise
+                time.sleep(_STOPPING_S)
+            step = self.progress.step
+            self._resume(self._parts.client.wait_for_session(math.inf))
+            if self.progress.step != step:
+                return False
 
     def _finish_round(self, done: bool) -> bool:
         """Upload, leave if all steps are done, wait for the publication, load it. Returns whether training is over."""
@@ -241,7 +261,7 @@ class Trainer:
 
     def _wait_for_hub(self) -> None:
         self.progress.phase = "the hub is stopping"
-        time.sleep(0.5)
+        time.sleep(_STOPPING_S)
         self._resume(self._parts.client.wait_for_session(math.inf))
 
     def begin(self) -> None:

@@ -244,8 +244,12 @@ class Scheduler:
 
     def _awaited(self, event: ev.RoundAwaited) -> None:
         state = self.state
+        member = state.members.get(event.session)
         if event.round < state.round or state.phase is Phase.OVER:
             self._answer_round(event.session, event.request)
+        elif state.phase is not Phase.CLOSING and member is not None and member.active:
+            # A hub that was restarted in the middle of closing takes one more step first.
+            self._refuse(event.session, event.request, ErrorCode.BEHIND, "this round is not closing yet: go on")
         else:
             state.awaiting.append((event.session, event.request, event.round))
             self._when_nobody_is_active()
