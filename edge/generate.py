@@ -113,6 +113,7 @@ def _encode(tokenizer: Any, prompt: str, model: Any) -> torch.Tensor:
 
 def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any) -> list[int]:
     """The new token ids."""
+    _check_room(model, ids.shape[1], options.max_new_tokens)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.temperature > 0:
@@ -126,6 +127,16 @@ def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any)
         **sampling,
     )
     return [int(token) for token in out[0, ids.shape[1] :].tolist()]
+
+
+def _check_room(model: Any, given: int, new: int) -> None:
+    """The hub takes no more positions than the model was made for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and given + new > most:
+        raise InputError(
+            f"{given} tokens given and {new} new ones are more than the {most} of this model: "
+            "shorten the text, or lower --max-new-tokens"
+        )
 
 
 def _continuation(tokenizer: Any, ids: torch.Tensor, new: list[int]) -> str:

@@ -10,10 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import messaging.messages as m
 from blocks import adapters
+from blocks.device import pick_device
 from blocks.surgery import CutModel
 from edge.connection import Connection, HubModel, attach, build, lora_spec
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
@@ -88,8 +87,7 @@ class Joining:
         tokenizer = served.files.tokenizer()
         train, held_out = load_data(options.data, options.held_out or None, tokenizer, options.seq)
         self._phase = "planning"
-        device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else
-                              "cpu" if options.device == "auto" else options.device)  # fmt: skip
+        device = pick_device(options.device)
         planned = self._planned = choose_partition(
             options.partition,
             options.profile,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blocks import adapters
+from blocks.device import pick_device
 from blocks.partition import Partition
 from edge.connection import Connection, attach, build, default_state, lora_spec
 from edge.noise import GaussianNoise
@@ -74,7 +75,7 @@ def connect(
     edge_state = EdgeState(Path(state) if state is not None else default_state())
     connection = Connection(edge_state, journal, join, name or socket.gethostname())
     try:
-        return _connected(connection, model, partition, noise, torch.device(device), seed)
+        return _connected(connection, model, partition, noise, pick_device(device), seed)
     except BaseException:
         connection.close()
         raise

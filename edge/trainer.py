@@ -84,7 +84,7 @@ class Trainer:
     # -- the run ---------------------------------------------------------------------------------------
 
     def run(self, batch_of: Callable[[int], Batch], held_out: Callable[[], Iterable[Batch]]) -> None:
-        """Take all steps. Raises NotFinite at a NaN loss; the last good adapter is saved by then."""
+        """Take all steps. Raises NotFinite at a NaN loss; what was saved when the round began stays on disk."""
         progress = self.progress
         self._evaluate(held_out)
         over = False
@@ -103,6 +103,8 @@ class Trainer:
             self._keep_up()
             try:
                 return self._step(batch_of(self.progress.step)), False
+            except NotFinite as error:
+                raise self._stopped(str(error)) from error
             except LinkLost:
                 self._parts.journal.log("the connection broke in the middle of a step: repeating it")
                 self._resume(self._parts.client.wait_for_session(math.inf))
@@ -115,8 +117,18 @@ class Trainer:
                 elif error.code is ErrorCode.BEHIND:
                     self._parts.journal.log(f"step {self.progress.step} is repeated: {error}")
                     self._resume(self._parts.client.wait_for_session(math.inf))
+                elif error.code is ErrorCode.NOT_FINITE:
+                    raise self._stopped(str(error)) from error
                 else:
                     raise
+
+    def _stopped(self, why: str) -> NotFinite:
+        start = self._start
+        assert start is not None
+        return NotFinite(
+            f"step {self.progress.step} is not taken: {why}. The adapter of step {start.steps}, where the round began, "
+            "is kept. Lower --lr, or look at the data of that batch"
+        )
 
     def _step(self, batch: Batch) -> bool:
         """Forward, loss, backward and optimizer for one batch. Returns whether the round closes."""
@@ -126,11 +138,7 @@ class Trainer:
         loss = self._summed_loss(batch, learning=True)
         mean = float(loss.detach()) / max(batch.tokens, 1)
         if not math.isfinite(mean):
-            self._save_good()
-            raise NotFinite(
-                f"the loss of step {progress.step} is {mean}: the step is not taken, the last good adapter is saved. "
-                "Lower --lr, or look at the data of that batch"
-            )
+            raise NotFinite(f"its loss is {mean}")
         loss.backward()
         reply = parts.middle.step_grad
         assert reply is not None
@@ -271,9 +279,6 @@ class Trainer:
     def _keep(self) -> None:
         self._start = self.snapshot()
         self._parts.save(self._start)
-
-    def _save_good(self) -> None:
-        self._parts.save(self.snapshot())
 
     def snapshot(self) -> Snapshot:
         """The adapter and optimizer of A and C as they are now."""

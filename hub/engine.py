@@ -21,11 +21,12 @@ from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import LayerNames, load
 from blocks.weights import WeightSource
-from hub import ragged
+from hub import ragged, streams
 from hub.aggregate import Contribution, weighted_mean
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
-from hub.kv import BatchCache, KvBudget, Member, StreamCache
+from hub.kv import KvBudget
+from hub.streams import Streams
 from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError
 
 _TRAIN = "training_copy"
@@ -75,7 +76,7 @@ class Engine:
         self.hidden_size = config.get_text_config().hidden_size
         self.num_layers = layers
         self.budget = KvBudget(settings.kv_bytes)
-        self._streams: dict[tuple[int, int], StreamCache] = {}
+        self._streams = Streams(layers, self.budget)
         self._pending: _Pending | None = None
         self._versions: set[int] = {0}
         #: target tokens that passed each absolute layer since the round began
@@ -185,7 +186,7 @@ class Engine:
                 if item.version not in self._versions:
                     raise HubError(ErrorCode.BEHIND, f"adapter version {item.version} is no longer served: join again")
                 if item.stream:
-                    self._prepare(item, begun)
+                    self._streams.prepare(item, begun)
             except FedseaError as error:
                 out[index] = error
                 continue
@@ -206,9 +207,10 @@ class Engine:
         out: dict[int, Outcome] = {}
         batches = [group] if self._batches else [[one] for one in group]
         for batch in batches:
-            caches = [self._streams[_key(items[index])] for index, _ in batch]
+            caches = [self._streams.of(items[index]) for index, _ in batch]
+            self.forwards += 1
             try:
-                hidden = self._run_streams(blocks, [part for _, part in batch], caches)
+                hidden = streams.run(blocks, [part for _, part in batch], caches, self.settings.device)
             except HubError as error:
                 # The KV budget ran out part of the way. Those for whom there is room alone are served.
                 for cache in caches:
@@ -217,65 +219,20 @@ class Engine:
                     for one in batch:
                         out |= self._infer_cached(blocks, items, [one])
                 else:
-                    out[batch[0][0]] = error
-                    self.close_stream(*_key(items[batch[0][0]]))
+                    ((index, _),) = batch
+                    out[index] = error
+                    self.close_stream(items[index].session, items[index].stream)
                 continue
             out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
         return out
 
-    def _run_streams(self, blocks: MiddleBlocks, parts: list[Part], caches: list[StreamCache]) -> list[torch.Tensor]:
-        self.forwards += 1
-        device = self.settings.device
-        masks = [_on(part.layout.mask(), device) for part in parts]
-        enters = [part.place.enter for part in parts for _ in range(part.layout.rows)]
-        leaves = [part.place.leave for part in parts for _ in range(part.layout.rows)]
-        positions = torch.cat([part.layout.positions() for part in parts]).to(device)
-        if len(parts) == 1:
-            hidden = blocks.run(parts[0].states, enters, leaves, masks[0], positions, caches[0])
-            split = [hidden]
-        else:
-            ends = [sum(p.layout.rows for p in parts[: i + 1]) for i in range(len(parts))]
-            members = [
-                Member(cache, end - part.layout.rows, end, mask)
-                for part, cache, end, mask in zip(parts, caches, ends, masks, strict=True)
-            ]
-            batch = BatchCache(members, self.num_layers)
-            token = ragged.BATCH.set(batch)
-            try:
-                states = torch.cat([part.states for part in parts])
-                hidden = blocks.run(states, enters, leaves, None, positions, batch, batch.see)
-            finally:
-                ragged.BATCH.reset(token)
-            split = [hidden[member.first : member.last] for member in members]
-        for part, cache in zip(parts, caches, strict=True):
-            cache.past = part.layout.past + part.layout.width
-        return split
-
-    def _prepare(self, item: InferItem, begun: set[tuple[int, int]]) -> None:
-        """Bring the item's stream to where the item builds on; `begun` are those that this batch holds already."""
-        key = _key(item)
-        if key in begun:
-            raise HubError(ErrorCode.BUSY, "another request of this stream is in work")
-        cache = self._streams[key] if key in self._streams else StreamCache(self.num_layers - 1, self.budget)
-        try:
-            cache.prepare(item.layout.past, item.layout.rows, item.order)
-        except HubError as error:
-            if error.code is ErrorCode.KV_FULL:
-                self.close_stream(*key)
-            raise
-        self._streams[key] = cache
-        begun.add(key)
-
     def close_stream(self, session: int, stream: int) -> None:
         """Free a stream's memory; an unknown one is no error."""
-        cache = self._streams.pop((session, stream), None)
-        if cache is not None:
-            cache.free()
+        self._streams.close(session, stream)
 
     def close_session(self, session: int) -> None:
         """Free all streams of a session."""
-        for key in [key for key in self._streams if key[0] == session]:
-            self.close_stream(*key)
+        self._streams.close_session(session)
 
     @property
     def streams(self) -> int:
@@ -332,16 +289,8 @@ class Engine:
         return self._tuned
 
 
-def _key(item: InferItem) -> tuple[int, int]:
-    return item.session, item.stream
-
-
 def _version_name(version: int) -> str:
     return f"v{version}"
-
-
-def _on(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if mask is None else mask.to(device)
 
 
 def _share_weights(source: MiddleBlocks, target: MiddleBlocks) -> None:

@@ -214,7 +214,7 @@ class Member:
 class BatchCache(Cache):
     """The caches of several streams, shown to one forward as one."""
 
-    def __init__(self, members: Sequence[Member], layers: int) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(layers=[])
         self.members = tuple(members)
         self.inside = self.members

@@ -19,6 +19,7 @@ from safetensors.torch import save as save_safetensors
 
 from blocks import adapters
 from blocks.adapters import LoraSpec
+from blocks.device import pick_device
 from blocks.optimizer import Schedule
 from hub.desk import Desk, Served
 from hub.engine import Engine, EngineSettings
@@ -106,7 +107,7 @@ class Hub:
 
 @contextmanager
 def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Journal) -> Iterator[Hub]:
-    device = torch.device(_device(options.device))
+    device = pick_device(options.device)
     dtype = _dtype(options.dtype, device, files.config)
     spec = adapters.make_spec(files.config, options.lora_rank, options.lora_alpha, options.target_modules)
     recipe = _recipe(options, spec)
@@ -246,12 +247,6 @@ def _check_state(state: HubState, model_hash: str, recipe: Recipe) -> None:
             raise InputError(
                 f"{state.folder} was begun with {name} {getattr(before, name)}: give the same, or another --state"
             )
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:

@@ -233,6 +233,9 @@ class Server:
     def _enrol(self, arrival: Arrival) -> None:
         try:
             packet = decode(arrival.frames, m.ENROL_TO_HUB)
+        except VersionMismatch as fault:
+            self._post.reply(arrival.route, m.UNORDERED_BASE, error(ErrorCode.VERSION, str(fault)))
+            return
         except ProtocolError:
             self._figures.refused += 1
             return

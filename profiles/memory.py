@@ -21,10 +21,10 @@ RUNTIME_BYTES = {"cpu": 22 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}
 
 #: Share of the memory freed during a forward pass that glibc can't use again before the pass ends: torch asks for
 #: aligned memory, and a hole of the same size is a few bytes too small for that. Other allocators pool by size.
-HOLES = {"cpu": 0.47, "cuda": 0.05, "mps": 0.05}
+HOLES = {"cpu": 0.43, "cuda": 0.05, "mps": 0.05}
 
 #: The same for the loss, in copies of the float32 logits.
-LOSS_HOLES = {"cpu": 0.75, "cuda": 0.0, "mps": 0.0}
+LOSS_HOLES = {"cpu": 1.8, "cuda": 0.0, "mps": 0.0}
 
 #: Bytes of each freed value that count for holes, by the bytes of a weight. Over 16-bit weights half of the tensors
 #: are 16-bit and half the adapters' float32, and the two sizes fill each other's holes.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from blocks import adapters
 from blocks.adapters import Adapter
 from blocks.partition import Partition
+from blocks.remote import remote_of
 from blocks.surgery import CutModel
 from hub.aggregate import Contribution, weighted_mean
 from hub.engine import Engine
@@ -260,6 +261,24 @@ def flat(adapter: Adapter) -> torch.Tensor:
     return torch.cat([adapter[name].flatten() for name in sorted(adapter)])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision_weights_train_float32_adapters(name: str, dtype: torch.dtype) -> None:
+    """No claim of equality: the loss is the float32 model's to half precision, and adapters take small steps."""
+    model = whole(name)
+    spec = adapters.make_spec(model.config, 4, 8)
+    start = starting_adapter(model, spec)
+    hub = make_engine(model, spec, dtype=dtype)
+    hub.set_trained(start)
+    side = TrainingEdge(model, Partition(1, 1), hub, spec, start)
+    batch = make_batch(0, 14, ROWS)
+    with torch.no_grad():
+        wanted = float(summed_loss(OneEdge(name, Partition(1, 1), start).unsplit.model, batch)) / batch.tokens
+    assert side.step(batch) == pytest.approx(wanted, rel=1e-2)
+    after = {**hub.trained(), **adapters.read(side.cut)}
+    assert all(1e-6 < float((after[key] - start[key]).abs().max()) < 2e-3 for key in start)
+
+
 def test_training_and_inference_of_one_model_do_not_mix() -> None:
     """Evaluation between steps goes the way of inference, and leaves no trace in the next step."""
     side, other = OneEdge("gpt2", Partition(1, 1)), OneEdge("gpt2", Partition(1, 1))
@@ -269,7 +288,9 @@ def test_training_and_inference_of_one_model_do_not_mix() -> None:
         other.edge.step(batch)
         with torch.no_grad():
             summed_loss(side.edge.cut.model, batch)
-    assert len(middle_of(side.edge.cut).layouts) == 2
+        remote_of(side.edge.cut).learning = False
+        summed_loss(side.edge.cut.model, batch)
+    assert len(middle_of(side.edge.cut).layouts) == 4
     assert all(torch.equal(side.adapter[name], other.adapter[name]) for name in side.adapter)
 
 
@@ -327,7 +348,7 @@ def test_gradients_of_two_edges_are_the_unions(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_sgd_with_one_step_rounds_is_training_on_the_union(name: str) -> None:
-    side = TwoEdges(name, lr=1.0)
+    side = TwoEdges(name, lr=0.1)
     merged = start = side.unsplit.adapter
     for step in range(20):
         batches = side.batches(step)
@@ -337,8 +358,7 @@ def test_sgd_with_one_step_rounds_is_training_on_the_union(name: str) -> None:
         for edge_ in side.edges.values():
             adapters.write(edge_.cut, merged)
     assert_close(merged, side.unsplit.adapter)
-    moved = min(difference(merged[name], start[name]) for name in merged)
-    assert moved > 100 * CLOSE
+    assert difference(flat(merged), flat(start)) > 1000 * CLOSE
 
 
 def test_two_edges_make_one_forward_in_which_rows_come_and_go() -> None:

@@ -293,7 +293,7 @@ def test_bytes_in_use_are_those_of_the_buffers_and_return_to_zero() -> None:
         engine.infer([replace(item(random_states(stream, 1, 0), 70), stream=stream)])
     held = sum(
         layer.keys.nbytes + layer.values.nbytes
-        for stream in engine._streams.values()
+        for stream in engine._streams._caches.values()
         for layer in stream.layers
         if layer.is_initialized
     )

@@ -98,10 +98,11 @@ def make_engine(
     spec: adapters.LoraSpec | None = None,
     schedule: Schedule | None = None,
     kv_bytes: int = KV_BYTES,
+    dtype: torch.dtype = torch.float32,
 ) -> Engine:
     """An engine over the whole model's middle layers."""
     spec = spec or adapters.make_spec(whole.config, 4, 8)
-    settings = EngineSettings(spec, schedule or make_schedule(), torch.float32, CPU, kv_bytes)
+    settings = EngineSettings(spec, schedule or make_schedule(), dtype, CPU, kv_bytes)
     return Engine(whole.config, source_of(whole), settings)
 
 
@@ -247,8 +248,9 @@ def _tensor(outcome: Outcome, like: torch.Tensor) -> torch.Tensor:
 
 
 def make_edge(whole: PreTrainedModel, partition: Partition, hub: Engine | Hub, session: int = 1) -> CutModel:
-    """An edge's model over an engine in this process."""
-    edge = load(build_edge(whole.config, partition, torch.float32), source_of(whole), torch.float32, CPU)
+    """An edge's model over an engine in this process, in the engine's dtype."""
+    dtype = (hub if isinstance(hub, Engine) else hub.engine).settings.dtype
+    edge = load(build_edge(whole.config, partition, dtype), source_of(whole), dtype, CPU)
     remote_of(edge).attach(LocalMiddle(Alone(hub) if isinstance(hub, Engine) else hub, partition, session))
     return edge
 

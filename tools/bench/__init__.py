@@ -1,0 +1,1 @@
+"""The benchmarks: `python -m tools.bench [--json FILE] [--rows GROUP,...] [--quick]`."""

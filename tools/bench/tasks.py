@@ -1,0 +1,144 @@
+"""What a measuring process can do. Nothing heavy is imported before it is asked for: memory is measured too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tools.bench.processes import peak_bytes
+
+_held: dict[str, Any] = {}
+
+
+def connect(join: str, state: str, noise: float, model: str | None = None) -> int:
+    """Join as an edge at 1:1; returns the bytes of the edge's own tensors."""
+    import edge
+
+    torch = _torch()
+    split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model)
+    split.generation_config.eos_token_id = None
+    _held["split"] = split
+    tensors = [*split.parameters(), *split.buffers()]
+    storages = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    assert torch.get_num_threads() == 1
+    return sum(storages.values())
+
+
+def load_unsplit(model: str) -> None:
+    """The stock model, for comparison."""
+    from transformers import AutoModelForCausalLM
+
+    torch = _torch()
+    unsplit = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    unsplit.generation_config.eos_token_id = None
+    _held["unsplit"] = unsplit
+
+
+def decode(who: str, tokens: int, prompt: int = 32) -> float:
+    """Seconds for `tokens` greedy tokens after a prompt."""
+    torch = _torch()
+    model = _held[who]
+    ids = _ids(1, prompt)
+    started = time.perf_counter()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    seconds = time.perf_counter() - started
+    assert out.shape[1] == prompt + tokens
+    return seconds
+
+
+def prefill(who: str, tokens: int) -> float:
+    """Seconds for one forward with a cache, the last position's logits kept."""
+    torch = _torch()
+    ids = _ids(1, tokens)
+    started = time.perf_counter()
+    with torch.no_grad():
+        _held[who](ids, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def compare(measure: str, repeats: int, **arguments: Any) -> dict[str, list[float]]:
+    """Seconds of `measure` on the split and on the unsplit model, turn by turn, after one turn that does not count."""
+    run = TASKS[measure]
+    seconds: dict[str, list[float]] = {"split": [], "unsplit": []}
+    for turn in range(repeats + 1):
+        order = ("split", "unsplit") if turn % 2 else ("unsplit", "split")
+        for who in order:
+            took = run(who=who, **arguments)
+            if turn:
+                seconds[who].append(took)
+    return seconds
+
+
+def padded(rows: int, width: int, pad: int) -> None:
+    """Generate one token from rows with `pad` columns (a different number in each row) of padding on the left."""
+    torch = _torch()
+    ids = _ids(rows, width)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : pad * (row + 1)] = 0
+    _held["split"].generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)
+
+
+def peak() -> int:
+    """This process's VmHWM."""
+    return peak_bytes()
+
+
+def modules() -> list[str]:
+    """What is imported by now."""
+    import sys
+
+    return list(sys.modules)
+
+
+def import_all(names: list[str]) -> int:
+    """Import these, as far as they can be; returns VmHWM."""
+    import contextlib
+    import importlib
+
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    return peak_bytes()
+
+
+def train(**arguments: Any) -> Any:
+    """See training.py."""
+    from tools.bench import training
+
+    return training.compare_steps(**arguments)
+
+
+def curve(**arguments: Any) -> Any:
+    """See curves.py."""
+    from tools.bench import curves
+
+    return curves.unsplit_curve(**arguments)
+
+
+def close_all() -> None:
+    """Leave the hub."""
+    split = _held.pop("split", None)
+    if split is not None:
+        split.hub.close()
+
+
+def _torch() -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    return torch
+
+
+def _ids(rows: int, width: int) -> Any:
+    torch = _torch()
+    return torch.randint(3, 250, (rows, width), generator=torch.Generator().manual_seed(7))
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curve,
+    )
+}  # fmt: skip
