@@ -16,5 +16,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {name} cannot be used here ({reason}): choose auto, cpu, cuda, cuda:1, ...") from error
+        raise InputError(
+            f"--device {name} cannot be used here ({reason}): choose auto, cpu, cuda, cuda:1, ..."
+        ) from error
     return device

@@ -70,6 +70,8 @@ class HubClient:
         self._ping_ids: dict[int, float] = {}
         self._silence_told = False
         self._wrong_keys = 0
+        #: why the hub takes no connection; whatever is asked from then on fails with it
+        self._refusal: Refused | None = None
         self._reset_at: float | None = None
         self._stopping = threading.Event()
         self._session_changed = threading.Condition()
@@ -167,6 +169,9 @@ class HubClient:
     def _take_work(self, now: float) -> None:
         while not self._inbox.empty():
             message, future, deadline_s = self._inbox.get()
+            if self._refusal is not None:
+                future.set_exception(self._refusal)
+                continue
             try:
                 number = self._requests.add(message, now, deadline_s)
             except (FedseaError, RuntimeError) as error:
@@ -257,7 +262,7 @@ class HubClient:
         now = self._clock()
         match event:
             case Connected(channel):
-                self.figures.connected, self._wrong_keys = True, 0
+                self.figures.connected, self._wrong_keys, self._refusal = True, 0, None
                 self._requests.connected(channel, now)
                 self._liveness.restart(now)
             case Disconnected():
@@ -275,7 +280,8 @@ class HubClient:
                 self._reset_at = now + _RESET_S
 
     def _refused(self, reason: FailReason) -> None:
-        for failed in self._requests.fail_all(Refused(reason.value)):
+        self._refusal = Refused(reason.value)
+        for failed in self._requests.fail_all(self._refusal):
             self._fail(failed)
 
     def _watch(self, now: float) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from blocks.device import pick_device
 from blocks.surgery import CutModel
 from edge.connection import Connection, HubModel, attach, build, lora_spec
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
+from edge.interrupts import Interrupts
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
 from edge.noise import GaussianNoise
 from edge.planning import Planned, choose_partition, measure_link
@@ -51,9 +49,10 @@ class JoinOptions:
 class Joining:
     """One run of `edge join`; the live view reads it while it works."""
 
-    def __init__(self, options: JoinOptions, journal: Journal) -> None:
+    def __init__(self, options: JoinOptions, journal: Journal, interrupts: Interrupts) -> None:
         self._options = options
         self._journal = journal
+        self._interrupts = interrupts
         self._phase = "starting"
         self._connection: Connection | None = None
         self._served: HubModel | None = None
@@ -108,10 +107,9 @@ class Joining:
         trainer = self._trainer = self._make_trainer(connection, served, cut, welcome)
         packs = served.files.config.model_type in PACKS_EXACTLY
         source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
-        with _interruptible():
-            self._run_trainer(connection, trainer, source, lambda: eval_batches(
-                held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
-            ))  # fmt: skip
+        self._run_trainer(connection, trainer, source, lambda: eval_batches(
+            held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
+        ))  # fmt: skip
 
     def _make_trainer(self, connection: Connection, served: HubModel, cut: CutModel, welcome: m.Welcome) -> Trainer:
         assert self._noise is not None
@@ -121,7 +119,7 @@ class Joining:
         remote, middle = attach(cut, connection.client, welcome)
         parts = Parts(
             cut, remote, middle, connection.client, self._noise, connection.adapter, connection.state.save,
-            self._journal,
+            self._journal, self._interrupts.whole,
         )  # fmt: skip
         trainer = Trainer(parts, welcome, self._options.lr, self._options.steps)
         before = connection.state.snapshot()
@@ -234,23 +232,10 @@ class Joining:
 def join(options: JoinOptions) -> None:
     """Run `edge join` with its live view."""
     journal = Journal()
-    joining = Joining(options, journal)
-    with LiveView(joining.take_snapshot, VIEW, journal, headless=options.headless):
-        joining.run()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and Ctrl-C are the same here: KeyboardInterrupt."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with Interrupts() as interrupts:
+        joining = Joining(options, journal, interrupts)
+        with LiveView(joining.take_snapshot, VIEW, journal, headless=options.headless):
+            joining.run()
 
 
 def _time_spent(trainer: Trainer | None) -> TimeSpent:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +64,8 @@ class Parts:
     fetch_adapter: Callable[[int], Adapter]
     save: Callable[[Snapshot], object]
     journal: Journal
+    #: what is done inside of it is not interrupted by Ctrl-C
+    whole: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class Trainer:
@@ -139,15 +142,17 @@ class Trainer:
         mean = float(loss.detach()) / max(batch.tokens, 1)
         if not math.isfinite(mean):
             raise NotFinite(f"its loss is {mean}")
-        loss.backward()
+        # From here on the hub takes the step, and so must this edge.
+        with parts.whole():
+            loss.backward()
+            self._optimizer.step(batch.tokens)
+            progress.step += 1
+            progress.round_step += 1
+            parts.client.steps_done = progress.step
+            self._round_tokens += batch.tokens
+            self._account(started, batch.tokens, mean)
         reply = parts.middle.step_grad
         assert reply is not None
-        self._optimizer.step(batch.tokens)
-        progress.step += 1
-        progress.round_step += 1
-        parts.client.steps_done = progress.step
-        self._round_tokens += batch.tokens
-        self._account(started, batch.tokens, mean)
         return bool(reply.round_closes)
 
     def _summed_loss(self, batch: Batch, learning: bool) -> torch.Tensor:

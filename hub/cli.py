@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from messaging.commands import INTERRUPTED, exit_codes, quiet_libraries
+from messaging.commands import INTERRUPTED, exit_codes, quiet_libraries, terminable
 from messaging.errors import InputError
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ def serve(
     seed: Annotated[int, typer.Option(help="Seed of the initial adapter.")] = 0,
 ) -> None:
     """Serve Blocks B: train with the edges that join, then serve generation."""
-    with exit_codes():
+    with exit_codes(), terminable():
         if not lr > 0 or not grace > 0 or not lora_alpha > 0:
             raise InputError("--lr, --lora-alpha and --grace must be above 0")
         from hub.serve import Options

@@ -70,6 +70,8 @@ class Server:
         self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch)
         self._applied = dict(desk.applied)
+        #: who is inside the backward that is computed now: session -> (key, steps applied when it is done)
+        self._stepping: dict[int, tuple[str, int]] = {}
         self._stopping = threading.Event()
         self._tick_at = clock()
         self._seen_at = clock() + _SEEN_S
@@ -316,14 +318,16 @@ class Server:
                 case act.AnswerRound():
                     self._answer_round(action)
                 case _:
+                    if isinstance(action, act.RunBackward):
+                        inside = [self._sessions.find(number) for number in action.gradients]
+                        self._stepping = {s.number: (s.key, s.applied + 1) for s in inside if s is not None}
                     self._figures.began(action)
                     self._worker.put(action, self._progress(), self._sessions.pinned())
 
     def _answer_backward(self, action: act.AnswerBackward) -> None:
         session = self._sessions.find(action.session)
-        if session is not None:
+        if session is not None and isinstance(action.answer, m.Tensor):
             session.applied = action.step + 1
-            self._applied[session.key] = session.applied
         self._reply(action.session, action.request, self._desk.grad(action))
 
     def _answer_round(self, action: act.AnswerRound) -> None:
@@ -337,6 +341,11 @@ class Server:
         if isinstance(event, ev.BackwardDone):
             # The optimizer has stepped whether or not the edge is still there to hear of it.
             self._figures.stepped(event)
+            self._applied |= {
+                self._stepping[session][0]: self._stepping[session][1]
+                for session, answer in event.answers.items()
+                if isinstance(answer, m.Tensor) and session in self._stepping
+            }
         self._decide(event)
 
     def _progress(self) -> Progress:

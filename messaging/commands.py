@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from messaging.errors import FedseaError
 
@@ -14,17 +16,36 @@ from messaging.errors import FedseaError
 INTERRUPTED = 130
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, but was meant, and so the exit code is 0."""
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn a FedseaError into its line on stderr and its exit code, Ctrl-C into 130."""
+    """Turn a FedseaError into its line on stderr and its exit code, Ctrl-C into 130, SIGTERM into 0."""
     try:
         yield
     except FedseaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        sys.exit(0 if terminated else INTERRUPTED)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated in here. For the main thread."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def quiet_libraries() -> None:

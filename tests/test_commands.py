@@ -326,9 +326,7 @@ def test_session_of_another_edge_is_refused(hub: Hub, members: list[Path]) -> No
         assert link_event(own) == link_event(other) == Connected(Channel.CTL)
         (opened,) = answers(own, hello())
         assert isinstance(opened.message, m.Welcome)
-        ping = m.Packet(
-            m.Ping("", 0, 0.0, 0.0, 0.0, 0.0, None), replace(opened.envelope, request=m.UNORDERED_BASE + 1)
-        )
+        ping = m.Packet(m.Ping("", 0, 0.0, 0.0, 0.0, 0.0, None), replace(opened.envelope, request=m.UNORDERED_BASE + 1))
         (refused,) = answers(other, ping)
         assert isinstance(refused.message, m.Error)
         assert refused.message.code == ErrorCode.NO_SESSION

@@ -38,9 +38,7 @@ def test_packages_import_downwards_only(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     wrong = {
-        str(path.relative_to(ROOT)): sorted(bad)
-        for path in files
-        if (bad := (imports(path) & OWN) - ALLOWED[package])
+        str(path.relative_to(ROOT)): sorted(bad) for path in files if (bad := (imports(path) & OWN) - ALLOWED[package])
     }
     assert not wrong
 
