@@ -73,16 +73,28 @@ def finish(*processes: Process) -> None:
 # -- life cycle ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_sigterm_and_ctrl_c_end_an_idle_hub(programs: Programs, installed: bool) -> None:
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-        hub = programs.serve(installed=installed)
-        done = hub.process.end(number, STOP_S)
-        assert done.code == code, str(hub.process)
-        assert "checkpoint written at step 0" in done.out
-        assert "Traceback" not in done.err + done.out, str(hub.process)
-        if installed:
-            break
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_both_signals_end_a_hub_in_order(programs: Programs, number: signal.Signals, code: int) -> None:
+    hub = programs.serve(installed=number == signal.SIGTERM)
+    done = hub.process.end(number, STOP_S)
+    assert done.code == code, str(hub.process)
+    assert "checkpoint written at step 0" in done.out
+    assert "Traceback" not in done.err + done.out, str(hub.process)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_both_signals_end_an_edge_that_waits_for_its_cohort(
+    programs: Programs, notes: Path, number: signal.Signals, code: int
+) -> None:
+    hub = programs.serve("--cohort", 2)
+    process = programs.edge(hub, "ward", notes, "--partition", "1:1")
+    process.until_says("held-out loss")
+    time.sleep(0.5)
+    done = process.end(number, STOP_S)
+    assert done.code == code, str(process)
+    assert "interrupted at step 0" in done.out
+    assert "Traceback" not in done.err + done.out, str(process)
+    hub.until(lambda live: live["cohort_joined"] == 0, "an empty cohort")
 
 
 def test_second_serve_on_one_state(programs: Programs, hub: Hub) -> None:
@@ -92,6 +104,7 @@ def test_second_serve_on_one_state(programs: Programs, hub: Hub) -> None:
     assert hub.process.running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_edges_go_on_by_themselves_when_the_hub_is_back(programs: Programs, notes: Path, how: str) -> None:
     where = fixed_ports()
@@ -139,15 +152,6 @@ def test_ctrl_c_on_an_edge_and_going_on_without_a_join_string(programs: Programs
     hub.until(lambda live: live["hub_step"] == steps + 4, "the steps of both runs, each once")
 
 
-def test_sigterm_on_an_edge_is_the_same(programs: Programs, notes: Path) -> None:
-    hub = programs.serve("--round-steps", 50)
-    process = programs.edge(hub, "ward", notes, "--partition", "1:1")
-    hub.until(lambda live: live["hub_step"] >= 1, "a step")
-    done = process.end(signal.SIGTERM, STOP_S)
-    assert done.code == 0, str(process)
-    assert "interrupted at step" in done.out
-
-
 def test_edge_with_fewer_steps_finishes_while_another_goes_on(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--cohort", 2, "--rounds", 3, "--round-steps", 4)
     short = programs.edge(hub, "short", notes, "--partition", "1:1", "--steps", 6)
@@ -158,6 +162,7 @@ def test_edge_with_fewer_steps_finishes_while_another_goes_on(programs: Programs
     assert hub.status()["stored"]["adapter"]["version"] == 3
 
 
+@pytest.mark.slow
 def test_killed_edge_holds_the_others_up_for_its_grace_only(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--cohort", 2, "--round-steps", 200, "--grace", 2)
     dying = programs.edge(hub, "dying", notes, "--partition", "1:1")
@@ -169,6 +174,7 @@ def test_killed_edge_holds_the_others_up_for_its_grace_only(programs: Programs, 
     assert report(programs, "other")["steps"] == 60
 
 
+@pytest.mark.slow
 def test_edge_that_joins_late_takes_part(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--rounds", 4, "--round-steps", 10)
     first = programs.edge(hub, "first", notes, "--partition", "1:1")

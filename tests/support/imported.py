@@ -4,10 +4,8 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
-
-from messaging.commands import quiet_libraries
-
-quiet_libraries()
+# As the commands set it before these imports.
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import peft
 import transformers.models.llama.modeling_llama
