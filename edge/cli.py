@@ -26,6 +26,10 @@ ModelOption = Annotated[
 NoiseOption = Annotated[
     float, typer.Option("--noise", min=0.0, help="Mean absolute noise on what leaves (the paper's scale).")
 ]
+LastNoiseOption = Annotated[
+    float | None,
+    typer.Option("--noise", min=0.0, help="As of `edge join` (default: what this state trains with, else 0.02)."),
+]
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of this edge's key, cache and training.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
@@ -106,7 +110,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")] = "",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
-    noise: NoiseOption = 0.02,
+    noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,
@@ -132,7 +136,7 @@ def chat(
     join: JoinArgument = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
-    noise: NoiseOption = 0.02,
+    noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,

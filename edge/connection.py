@@ -19,7 +19,7 @@ from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
 from blocks.remote import RemoteBlocks, build_edge, remote_of
 from blocks.source import ModelFiles, open_model
-from blocks.surgery import CutModel, load
+from blocks.surgery import CutModel, load, store_by_columns
 from edge.client import HubClient
 from edge.fetch import fetch_bytes
 from edge.middle import HubMiddle
@@ -34,6 +34,8 @@ from messaging.joining import JoinString, read_join
 
 SOFTWARE = "fedsea " + installed_version("fedsea")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Mean absolute noise where nobody asks for another.
+DEFAULT_NOISE = 0.02
 _ENROL_S = 30.0
 _LEAVE_S = 2.0
 
@@ -99,9 +101,9 @@ class Connection:
             )
         )
 
-    def remember(self, partition: Partition) -> None:
-        """Keep the partition for the commands that come after."""
-        self.membership = replace(self.membership, partition=str(partition))
+    def remember(self, partition: Partition, noise: float) -> None:
+        """Keep the partition and the noise for the commands that come after."""
+        self.membership = replace(self.membership, partition=str(partition), noise=noise)
         self.state.set_membership(self.membership)
 
     def adapter(self, version: int) -> adapters.Adapter:
@@ -145,6 +147,7 @@ def build(
         hosted = [name for name in served.files.source.names() if cut.to_local(name) is not None]
         check_against(served.manifest, served.files, hosted)
     load(cut, served.files.source, served.dtype, device)
+    store_by_columns(cut.layers)
     cut.model.generation_config = served.files.generation_config()
     return cut
 

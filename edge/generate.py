@@ -24,7 +24,7 @@ class GenerateOptions:
     join: str | None
     model: str | None
     partition: str | None
-    noise: float
+    noise: float | None
     state: Path
     name: str | None
     max_new_tokens: int

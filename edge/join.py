@@ -20,7 +20,7 @@ from edge.planning import Planned, choose_partition, measure_link
 from edge.state import EdgeState
 from edge.trainer import Parts, Trainer
 from messaging.console import Curve, Journal, LiveView
-from messaging.errors import InputError
+from messaging.errors import HubUnreachable, InputError
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,10 @@ class Joining:
         train, held_out = load_data(options.data, options.held_out or None, tokenizer, options.seq)
         self._phase = "planning"
         device = pick_device(options.device)
+        # A run that goes on keeps its partition: its adapter is that of these layers.
+        again = connection.membership.partition if connection.state.snapshot() is not None else None
         planned = self._planned = choose_partition(
-            options.partition,
+            again if again and options.partition == "auto" else options.partition,
             options.profile,
             served,
             lambda: measure_link(connection.client),
@@ -103,7 +105,7 @@ class Joining:
         cut = build(connection, served, partition, noise, device)
         self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
         welcome = connection.hello(partition, True, served.description)
-        connection.remember(partition)
+        connection.remember(partition, options.noise)
         trainer = self._trainer = self._make_trainer(connection, served, cut, welcome)
         packs = served.files.config.model_type in PACKS_EXACTLY
         source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
@@ -124,8 +126,11 @@ class Joining:
         trainer = Trainer(parts, welcome, self._options.lr, self._options.steps)
         before = connection.state.snapshot()
         if before is not None and before.model_hash == welcome.model_hash and before.steps == welcome.applied:
-            trainer.restore(before)
-            self._journal.log(f"going on at step {welcome.applied}, nothing lost")
+            # Newer adapters than the snapshot's may be out; the optimizer's moments are still this edge's own.
+            current = before.version == welcome.adapter_version
+            trainer.restore(before, adapter=current)
+            lost = "nothing lost" if current else f"with the published adapter version {welcome.adapter_version}"
+            self._journal.log(f"going on at step {welcome.applied}, {lost}")
         elif welcome.applied:
             self._journal.log(f"going on at step {welcome.applied} with the published adapter")
         trainer.begin()
@@ -134,10 +139,10 @@ class Joining:
     def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:
         try:
             trainer.run(source.batch, held_out)  # type: ignore[arg-type]
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, HubUnreachable):
             path = connection.state.save(trainer.snapshot())
             self._journal.log(f"interrupted at step {trainer.progress.step}; saved in {path}")
-            self._journal.log(f"go on with: edge join --state {connection.state.folder} --data ...")
+            self._journal.log(f"go on with: edge join --state {connection.state.folder} --data ... (the same data)")
             raise
         self._report(connection, trainer)
 

@@ -11,7 +11,7 @@ import torch
 from blocks import adapters
 from blocks.device import pick_device
 from blocks.partition import Partition
-from edge.connection import Connection, attach, build, default_state, lora_spec
+from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
 from edge.noise import GaussianNoise
 from edge.state import EdgeState
 from messaging.console import Journal
@@ -58,7 +58,7 @@ def connect(
     *,
     model: str | None = None,
     partition: str | None = None,
-    noise: float = 0.02,
+    noise: float | None = None,
     state: str | Path | None = None,
     name: str | None = None,
     device: str = "cpu",
@@ -68,7 +68,8 @@ def connect(
     """A transformers model for generation and evaluation, its middle at the hub.
 
     join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
-    the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none.
+    the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
+    default what this state trains with, else 0.02.
     `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
     """
     journal = journal or Journal()
@@ -82,13 +83,19 @@ def connect(
 
 
 def _connected(
-    connection: Connection, model: str | None, partition: str | None, scale: float, device: torch.device, seed: int
+    connection: Connection,
+    model: str | None,
+    partition: str | None,
+    scale: float | None,
+    device: torch.device,
+    seed: int,
 ) -> Any:
     served = connection.describe(model)
     cut_at = Partition.parse(partition or connection.membership.partition or "1:1")
     cut_at.check(served.description.num_layers)
+    if scale is None:
+        scale = DEFAULT_NOISE if connection.membership.noise is None else connection.membership.noise
     noise = connection.noise(scale, seed)
-    noise.begin("generation")
     cut = build(connection, served, cut_at, noise, device)
     welcome = connection.hello(cut_at, False, served.description)
     if welcome.adapter_version:

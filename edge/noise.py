@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import os
 
 import torch
 
@@ -23,12 +24,17 @@ class GaussianNoise:
         self.r: float | None = None
         self._key = key
         self._generator = torch.Generator()
-        self.begin("start")
+        self.begin("start", None)
 
-    def begin(self, label: str) -> None:
-        """Draw from here on what the key says for `label`: a step that is repeated gets the same noise."""
-        digest = hmac.new(self._key, label.encode(), hashlib.sha256).digest()
-        self._generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    def begin(self, label: str, tokens: torch.Tensor | None) -> None:
+        """Draw from here on what the key says for `label` and these tokens; None: noise never drawn before.
+
+        A step that is repeated gets the same noise. Two texts never share one: the difference of what was
+        sent for them would be free of it.
+        """
+        digest = hmac.new(self._key, label.encode(), hashlib.sha256)
+        digest.update(os.urandom(32) if tokens is None else tokens.numpy().tobytes())
+        self._generator.manual_seed(int.from_bytes(digest.digest()[:8], "little") >> 1)
 
     def __call__(self, smashed: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """smashed [rows, new, hidden]; real bool [rows, new]: padding gets no noise."""

@@ -21,11 +21,12 @@ from messaging.keys import KeyPair, load_or_create_keys, write_private
 
 @dataclass(frozen=True)
 class Membership:
-    """The hub that this edge is enrolled at, its name there, and the partition it trains with."""
+    """The hub that this edge is enrolled at, its name there, and the partition and noise that it trains with."""
 
     hub: HubAddress
     name: str
     partition: str | None = None
+    noise: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class EdgeState:
             return None
         try:
             fields = json.loads(path.read_text())
-            return Membership(HubAddress(**fields["hub"]), fields["name"], fields.get("partition"))
+            return Membership(HubAddress(**fields["hub"]), fields["name"], fields.get("partition"), fields.get("noise"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): remove it and join again") from error
 

@@ -137,7 +137,7 @@ class Trainer:
         """Forward, loss, backward and optimizer for one batch. Returns whether the round closes."""
         parts, progress, started = self._parts, self.progress, time.perf_counter()
         parts.middle.step, parts.middle.tokens = progress.step, batch.tokens
-        parts.noise.begin(f"step {progress.step}")
+        parts.noise.begin(f"step {progress.step}", batch.input_ids)
         loss = self._summed_loss(batch, learning=True)
         mean = float(loss.detach()) / max(batch.tokens, 1)
         if not math.isfinite(mean):
@@ -246,9 +246,10 @@ class Trainer:
 
     # -- going on after a break --------------------------------------------------------------------------
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot of an earlier run (its step count is the hub's to tell)."""
-        adapters.write(self._parts.cut, snapshot.adapter)
+    def restore(self, snapshot: Snapshot, adapter: bool = True) -> None:
+        """Go on from a snapshot, with or without its adapter (its step count is the hub's to tell)."""
+        if adapter:
+            adapters.write(self._parts.cut, snapshot.adapter)
         self._optimizer.load(dict(snapshot.optimizer))
 
     def _resume(self, welcome: m.Welcome) -> None:
@@ -302,9 +303,9 @@ class Trainer:
         """Mean loss per target token on the held-out data, with the published adapter in all blocks."""
         self.progress.phase = "evaluating"
         total, tokens = 0.0, 0
-        self._parts.noise.begin("held-out")
         with torch.no_grad():
             for batch in held_out():
+                self._parts.noise.begin("held-out", batch.input_ids)
                 total += float(self._summed_loss(batch, learning=False))
                 tokens += batch.tokens
         if tokens:

@@ -36,7 +36,10 @@ class Served:
 
 
 class Desk:
-    """Knows the served model and the recipe; `applied` are the steps by edge key inside the last checkpoint."""
+    """Knows the served model and the recipe.
+
+    `applied` are the steps by edge key inside the last checkpoint, `round_tokens` the tokens of its open round.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Desk:
         epoch: int,
         credit_bytes: int,
         applied: Mapping[str, int],
+        round_tokens: Mapping[str, int],
         adapter: Mapping[str, torch.Tensor],
         software: str,
     ) -> None:
@@ -53,6 +57,7 @@ class Desk:
         self.epoch = epoch
         self.credit_bytes = credit_bytes
         self.applied = applied
+        self.round_tokens = round_tokens
         self.software = software
         self._adapter = adapter
         self._most_upload = 2 * sum(t.numel() * 4 + 1024 for t in adapter.values()) + 65536

@@ -19,7 +19,7 @@ from blocks.codec import from_wire, to_wire
 from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
-from blocks.surgery import LayerNames, load
+from blocks.surgery import LayerNames, load, store_by_columns
 from blocks.weights import WeightSource
 from hub import ragged, streams
 from hub.aggregate import Contribution, weighted_mean
@@ -60,6 +60,7 @@ class Engine:
         layers = config.get_text_config().num_hidden_layers
         self._plain = MiddleBlocks(config, 1, layers, settings.dtype)
         load(self._plain.cut, source, settings.dtype, settings.device)
+        store_by_columns(self._plain.cut.layers)
         self._tuned = MiddleBlocks(config, 1, layers, settings.dtype)
         _share_weights(self._plain, self._tuned)
         peft = adapters.inject(self._tuned.cut, settings.spec, _TRAIN)

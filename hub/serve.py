@@ -84,8 +84,8 @@ def serve(options: Options) -> str:
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         owned.callback(lambda: [signal.signal(number, handler) for number, handler in previous.items()])
+        _announce(options, hub, journal)
         with LiveView(hub.take_snapshot, VIEW, journal, headless=options.headless):
-            _announce(options, hub, journal)
             # What is there now stays: without this, every full collection looks through all of it, for 0.2 s.
             gc.collect()
             gc.freeze()
@@ -136,8 +136,8 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
         ModelInfo(files.name, library.hash, served.dtype, served.num_layers, spec.fan_in_fan_out), recipe
     )
     desk = Desk(
-        served, recipe, state.next_epoch(), _credits(), point.applied if point else {}, initial,
-        f"fedsea {installed_version('fedsea')}",
+        served, recipe, state.next_epoch(), _credits(), point.applied if point else {},
+        point.extra.get("round_tokens", {}) if point else {}, initial, f"fedsea {installed_version('fedsea')}",
     )  # fmt: skip
     with _listening(options, state) as (transport, address):
         scheduler = _scheduler_state(recipe, point)
@@ -175,10 +175,11 @@ def _listening(options: Options, state: HubState) -> Iterator[tuple[HubTransport
 
 
 def _announce(options: Options, hub: Hub, journal: Journal) -> None:
-    """Print the join string; write the join file. From here on edges are accepted."""
+    """Print the join string; write the join file. The sockets are bound: edges that come now are served."""
     uses = max(options.cohort, 8)
     text = JoinString(hub.address, hub.state.access.invite(uses, _TOKEN_S)).encode()
-    journal.log(f"edges join within 10 minutes with: edge join {text} --data FILE")
+    # Printed whole, ahead of the live view, and kept out of the log: it lets edges in.
+    print(f"edges join within 10 minutes with:\nedge join {text} --data FILE", flush=True)
     if options.join_file is not None:
         write_bytes_atomic(options.join_file, text.encode() + b"\n")
         journal.log(f"the join string is in {options.join_file}")

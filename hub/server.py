@@ -10,13 +10,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import messaging.messages as m
 from hub.desk import Desk
 from hub.figures import Figures
 from hub.filing import Filing
-from hub.jobs import EdgeAdapter
+from hub.jobs import EdgeAdapter, StepItem
 from hub.library import Library
 from hub.monitor import HubSnapshot
 from hub.post import Post, error, refusal
@@ -70,8 +71,10 @@ class Server:
         self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch)
         self._applied = dict(desk.applied)
-        #: who is inside the backward that is computed now: session -> (key, steps applied when it is done)
-        self._stepping: dict[int, tuple[str, int]] = {}
+        #: who is inside the joined step that is computed now: session -> (key, steps applied when it is done, tokens)
+        self._stepping: dict[int, tuple[str, int, int]] = {}
+        #: target tokens of each edge's applied steps in the open round: the most that its adapter may weigh
+        self._round_tokens: dict[str, int] = dict(desk.round_tokens)
         self._stopping = threading.Event()
         self._tick_at = clock()
         self._seen_at = clock() + _SEEN_S
@@ -318,11 +321,18 @@ class Server:
                 case act.AnswerRound():
                     self._answer_round(action)
                 case _:
-                    if isinstance(action, act.RunBackward):
-                        inside = [self._sessions.find(number) for number in action.gradients]
-                        self._stepping = {s.number: (s.key, s.applied + 1) for s in inside if s is not None}
+                    if isinstance(action, act.RunForward):
+                        self._stepping = self._inside(action)
                     self._figures.began(action)
                     self._worker.put(action, self._progress(), self._sessions.pinned())
+
+    def _inside(self, action: act.RunForward) -> dict[int, tuple[str, int, int]]:
+        inside = [(self._sessions.find(number), item) for number, item in action.payloads]
+        return {
+            session.number: (session.key, session.applied + 1, item.tokens)
+            for session, item in inside
+            if session is not None and isinstance(item, StepItem)
+        }
 
     def _answer_backward(self, action: act.AnswerBackward) -> None:
         session = self._sessions.find(action.session)
@@ -341,16 +351,20 @@ class Server:
         if isinstance(event, ev.BackwardDone):
             # The optimizer has stepped whether or not the edge is still there to hear of it.
             self._figures.stepped(event)
-            self._applied |= {
-                self._stepping[session][0]: self._stepping[session][1]
-                for session, answer in event.answers.items()
-                if isinstance(answer, m.Tensor) and session in self._stepping
-            }
+            for session, answer in event.answers.items():
+                if isinstance(answer, m.Tensor) and session in self._stepping:
+                    key, applied, tokens = self._stepping[session]
+                    self._applied[key] = applied
+                    self._round_tokens[key] = self._round_tokens.get(key, 0) + tokens
+        elif isinstance(event, ev.RoundPublished):
+            self._round_tokens = {}
         self._decide(event)
 
     def _progress(self) -> Progress:
         state = self._scheduler.state
-        return Progress(state.hub_step, state.round, state.round_step, state.version, dict(self._applied))
+        return Progress(
+            state.hub_step, state.round, state.round_step, state.version, dict(self._applied), dict(self._round_tokens)
+        )
 
     # -- answers ---------------------------------------------------------------------------------------
 
@@ -376,6 +390,9 @@ class Server:
         self, session: Session, request: int, round_: int, answer: m.AnyMessage, adapter: EdgeAdapter | None
     ) -> None:
         if adapter is not None:
+            # An edge weighs what the hub saw of it, whatever it claims.
+            seen = self._round_tokens.get(session.key, 0)
+            adapter = replace(adapter, tokens=min(adapter.tokens, seen))
             self._decide(ev.AdapterUploaded(session.number, round_, adapter))
         self._post.answer(session, request, answer)
 

@@ -25,13 +25,15 @@ from messaging.messages import Recipe
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint needs to know besides tensors; `applied` counts steps by edge key."""
+    """What a checkpoint needs to know besides tensors; `applied` counts steps by edge key, `round_tokens` the
+    target tokens of the open round."""
 
     hub_step: int
     round: int
     round_step: int
     version: int
     applied: Mapping[str, int]
+    round_tokens: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Worker:
         parts = [self._contribution(upload) for upload in action.uploads if isinstance(upload, EdgeAdapter)]
         merged = self.engine.close_round(self._published, parts)
         self._state.adapters.publish(action.version, action.round + 1, merged, self._recipe, pinned)
-        closed = Progress(progress.hub_step, action.round + 1, 0, action.version, progress.applied)
+        closed = Progress(progress.hub_step, action.round + 1, 0, action.version, progress.applied, {})
         self.save(closed)
         self.engine.publish(action.version, merged, pinned)
         self._published = merged
@@ -132,7 +134,7 @@ class Worker:
                 applied=progress.applied,
                 adapter=self.engine.trained(),
                 optimizer=self.engine.optimizer.state(),
-                extra={"layer_tokens": self.engine.layer_tokens},
+                extra={"layer_tokens": self.engine.layer_tokens, "round_tokens": dict(progress.round_tokens)},
             )
         )
 
