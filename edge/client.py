@@ -180,6 +180,9 @@ class HubClient:
             self._futures[number] = future
             if isinstance(message, m.Hello):
                 self._hello_request = number
+            elif isinstance(message, m.Leave) and not message.done:
+                # What is still asked in this session is refused now, and must not open another one.
+                self._hello = None
         while not self._loose.empty():
             message = self._loose.get()
             if self.session:

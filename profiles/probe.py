@@ -62,14 +62,14 @@ def _memory(device: str) -> tuple[int, int]:
 
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ProfileError("no CUDA device here: use --device cpu, or install a torch that was built for CUDA")
+            raise ProfileError("no CUDA device here: use the CPU, or install a torch that was built for CUDA")
         free, total = torch.cuda.mem_get_info()
         return total, free
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     if device == "mps":
         if not torch.backends.mps.is_available():
-            raise ProfileError("no Apple GPU here: use --device cpu")
+            raise ProfileError("no Apple GPU here: use the CPU")
         # Metal refuses to hold much more than this, however much is free
         free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     limit = cgroup_memory()

@@ -1,4 +1,4 @@
-# ruff: noqa: E402 - the libraries are quieted before they are imported
+
 """Everything that the commands import, for the process that `processes.py` forks them from."""
 
 import os

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def once(folder: Path, task: str, **arguments: Any) -> Any:
         return worker.ask(task, **arguments)
 
 
-def versions() -> Mapping[str, object]:
+def conditions() -> dict[str, object]:
     """What the figures were measured with."""
     import peft
     import torch

@@ -103,18 +103,18 @@ def import_all(names: list[str]) -> int:
     return peak_bytes()
 
 
-def train(**arguments: Any) -> Any:
-    """See training.py."""
+def train(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of training steps; see training.py."""
     from tools.bench import training
 
     return training.compare_steps(**arguments)
 
 
-def curve(**arguments: Any) -> Any:
-    """See curves.py."""
-    from tools.bench import curves
+def curves(**arguments: Any) -> dict[str, list[float]]:
+    """Held-out losses; see training.py."""
+    from tools.bench import training
 
-    return curves.unsplit_curve(**arguments)
+    return training.curves(**arguments)
 
 
 def close_all() -> None:
@@ -139,6 +139,6 @@ def _ids(rows: int, width: int) -> Any:
 TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curve,
+        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
     )
 }  # fmt: skip
