@@ -5,6 +5,9 @@ from __future__ import annotations
 from hub.scheduler import actions as act
 from hub.scheduler.state import Member, Phase, State
 
+#: With fewer sessions than this, all that wait are served in one batch.
+_FEW = 4
+
 
 def next_compute(state: State) -> act.Compute | None:
     """The action that goes first: freeing memory, then inference and training in turn. Changes nothing."""
@@ -12,8 +15,21 @@ def next_compute(state: State) -> act.Compute | None:
         return act.FreeStreams(tuple(state.freeing))
     training = _next_training(state)
     if state.infers and (training is None or not state.inferred_last):
-        return act.RunInfer(tuple(state.infers))
+        return act.RunInfer(_half(state))
     return training
+
+
+def _half(state: State) -> tuple[tuple[int, int, object], ...]:
+    """Of the requests that wait, those of at most half of the sessions that generate now.
+
+    So there are two batches on their way: while the hub computes one, the edges work on the other. In a single one
+    all would wait for the hub, and then the hub for all of them.
+    """
+    waiting = dict.fromkeys(session for session, _, _ in state.infers)
+    generating = len(waiting.keys() | state.inferred_lately())
+    most = generating if generating < _FEW else -(-generating // 2)
+    chosen = set(list(waiting)[:most])
+    return tuple(item for item in state.infers if item[0] in chosen)
 
 
 def _next_training(state: State) -> act.Compute | None:
@@ -58,8 +74,10 @@ def begin(state: State, action: act.Compute) -> None:
         case act.FreeStreams():
             state.freeing = []
         case act.RunInfer():
-            state.inferring = [(session, request) for session, request, _ in state.infers]
-            state.infers, state.inferred_last = [], True
+            state.inferring = [(session, request) for session, request, _ in action.requests]
+            state.infers = [item for item in state.infers if item[:2] not in state.inferring]
+            state.inferred_last = True
+            state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
             state.joined = tuple(session for session, _ in action.payloads)

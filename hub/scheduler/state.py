@@ -81,6 +81,8 @@ class State:
     answering: dict[int, tuple[int, int]] = field(default_factory=dict)
     #: (session, request) that the inference under way will answer
     inferring: list[tuple[int, int]] = field(default_factory=list)
+    #: the sessions of the last two batches of inference, the latest first
+    recent: tuple[frozenset[int], ...] = ()
     #: the last compute action was inference, so training goes first now
     inferred_last: bool = False
     #: no new work is begun
@@ -90,3 +92,7 @@ class State:
     def active(self) -> list[Member]:
         """Members of which a step is wanted, in row order."""
         return sorted((m for m in self.members.values() if m.active), key=lambda m: (m.name, m.session))
+
+    def inferred_lately(self) -> set[int]:
+        """The sessions of the last two batches of inference."""
+        return {session for batch in self.recent for session in batch}

@@ -1,4 +1,3 @@
-
 """Everything that the commands import, for the process that `processes.py` forks them from."""
 
 import os
