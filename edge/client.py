@@ -121,6 +121,11 @@ class HubClient:
         self._hello = hello
         return self.ask(hello, m.Welcome)
 
+    def where(self) -> m.Welcome:
+        """The WELCOME of this session as of now: it tells which of this edge's steps the hub has applied."""
+        assert self._hello is not None
+        return self.ask(replace(self._hello, resume=self.session, steps_done=self.steps_done), m.Welcome)
+
     def wait_for_session(self, timeout_s: float) -> m.Welcome:
         """The WELCOME of a session that is open now. Raises HubUnreachable when there is none in time."""
         with self._session_changed:

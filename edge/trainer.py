@@ -119,7 +119,7 @@ class Trainer:
                     self._wait_for_hub()
                 elif error.code is ErrorCode.BEHIND:
                     self._parts.journal.log(f"step {self.progress.step} is repeated: {error}")
-                    self._resume(self._parts.client.wait_for_session(math.inf))
+                    self._resume(self._parts.client.where())
                 elif error.code is ErrorCode.NOT_FINITE:
                     raise self._stopped(str(error)) from error
                 else:

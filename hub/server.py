@@ -408,10 +408,12 @@ class Server:
         self._tick_at = now + _TICK_S
         for session in self._sessions:
             quiet = now - session.heard_at
-            if session.train and quiet > self._grace_s and not session.silent:
+            if session.routes:
+                session.owed_at = now
+            elif session.train and min(quiet, now - session.owed_at) > self._grace_s and not session.silent:
                 session.silent = True
                 self._decide(ev.EdgeFellSilent(session.number))
-            elif quiet > (_TRAIN_SILENCE_S if session.train else _INFER_SILENCE_S) and quiet > self._grace_s:
+            if quiet > (_TRAIN_SILENCE_S if session.train else _INFER_SILENCE_S) and quiet > self._grace_s:
                 self._close(session, f"nothing heard for {quiet:.0f} s")
         if self._state.access.refresh():
             for session in self._sessions:

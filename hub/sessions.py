@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -35,6 +36,8 @@ class Session:
     version: int | None
     replies: Replies
     heard_at: float
+    #: when the hub owed it an answer last: an edge that waits for the hub is not silent
+    owed_at: float = -math.inf
     #: bytes of requests in work
     outstanding: int = 0
     silent: bool = False

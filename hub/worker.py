@@ -76,10 +76,6 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        import os
-        if os.environ.get('FS_SLICE'):
-            from tools._slices_tmp import longer
-            longer(float(os.environ['FS_SLICE']))
         while (job := self._jobs.get()) is not None:
             try:
                 event = self._carry_out(*job)

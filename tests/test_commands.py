@@ -171,7 +171,26 @@ def test_killed_edge_holds_the_others_up_for_its_grace_only(programs: Programs, 
     dying.kill()
     finish(other)
     assert "dying is silent: going on without it" in hub.process.out
+    assert "other is silent" not in hub.process.out
     assert report(programs, "other")["steps"] == 60
+
+
+@pytest.mark.slow
+def test_edge_that_was_silent_for_longer_than_its_grace_takes_part_again(programs: Programs, notes: Path) -> None:
+    hub = programs.serve("--cohort", 2, "--rounds", 2, "--round-steps", 60, "--grace", 2)
+    pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1", "--steps", 70)
+    other = programs.edge(hub, "other", notes, "--partition", "1:1")
+    hub.until(lambda live: live["hub_step"] >= 3, "three steps")
+    pausing.signal(signal.SIGSTOP)
+    hub.process.until_says("pausing is silent: going on without it")
+    at = hub.status()["live"]["hub_step"]
+    hub.until(lambda live: live["hub_step"] >= at + 3, "steps without it")
+    pausing.signal(signal.SIGCONT)
+    hub.process.until_says("pausing is back")
+    finish(pausing, other)
+    assert pausing.out.count("is repeated") <= 2, str(pausing)
+    assert "other is silent" not in hub.process.out
+    assert report(programs, "other")["steps"] == 120
 
 
 @pytest.mark.slow
