@@ -151,9 +151,8 @@ def wire(bench: Bench) -> list[Row]:
     small = bench.models.small
     with running_hub(folder / "mask", small) as hub:
         shape = {"rows": rows, "width": 2048}
-        masks = _counted(
-            hub, folder / "mask", small, ("padded", {**shape, "pad": 301}), ("padded", {**shape, "pad": 0})
-        )
+        unpadded, with_padding = ("padded", {**shape, "pad": 0}), ("padded", {**shape, "pad": 301})
+        masks = _counted(hub, folder / "mask", small, with_padding, unpadded)
     return [
         at_most(SENT, costs[0] / 32, most),
         at_most(RECEIVED, costs[1] / 32, most),

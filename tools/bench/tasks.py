@@ -18,12 +18,6 @@ def connect(join: str, state: str, noise: float, model: str | None = None) -> in
     torch = _torch()
     split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model)
     split.generation_config.eos_token_id = None
-    import os
-
-    if os.environ.get("FS_SLICE"):
-        from tools._slices_tmp import longer
-
-        longer(float(os.environ["FS_SLICE"]))
     _held["split"] = split
     tensors = [*split.parameters(), *split.buffers()]
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}

@@ -21,9 +21,10 @@ statement in its output is made up, and none of it is advice.
     python -m tools.pocket.train --out hub/pocket
 
 The text comes from a seeded grammar (`tools/pocket/text.py`); no other text was used. The tokenizer is a byte-level BPE
-of {vocabulary} tokens. The model has 6 layers, hidden size 192, 6 heads (2 for keys and values), 512 positions, tied
-embeddings. It saw {tokens} tokens once, in float32 on one CPU thread (AdamW, cosine schedule), and is stored in
-float16. About one note in twenty was a chat, so the chat template works: "Write a discharge note for Mr. Brandt."
+of {vocabulary} tokens. The model has 6 layers, hidden size 192, 6 heads (2 for keys and values), 512 positions and tied
+embeddings. It was trained for {steps} steps of at most {step_tokens} tokens, none of them seen twice, in float32 on one
+CPU thread (AdamW, cosine schedule), and is stored in float16. About one note in twenty was a chat, so the chat template
+works: "Write a discharge note for Mr. Brandt."
 
 ## Measured
 
@@ -42,14 +43,9 @@ fine-tuning brings that loss down. The rest of the loss is chance: names, dates 
 """
 
 
-def model_card(parameters: int, vocabulary: int, tokens: int, losses: dict[str, float], samples: list[str]) -> str:
+def model_card(*, losses: dict[str, float], samples: list[str], **figures: int) -> str:
     names = {"public": "public notes"} | {site: f"private notes, {site}" for site in losses if site != "public"}
     rows = [f"| {names[key]} | {loss:.3f} | {math.exp(loss):.2f} |" for key, loss in losses.items()]
     quoted = ["\n".join(f"    {line}" for line in sample.splitlines()) for sample in samples]
-    return CARD.format(
-        parameters=f"{parameters:,}",
-        vocabulary=vocabulary,
-        tokens=f"{tokens:,}",
-        rows="\n".join(rows),
-        samples="\n\n".join(quoted),
-    )
+    numbers = {name: f"{figure:,}" for name, figure in figures.items()}
+    return CARD.format(rows="\n".join(rows), samples="\n\n".join(quoted), **numbers)

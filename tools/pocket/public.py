@@ -59,10 +59,10 @@ def measurement(rng: Random) -> Facts:
 
 
 CLINIC_HEAD: Slot = (
-    "Clinic note, {date}\nPatient: {name}, {age} years old.\n",
-    "Patient: {name}, {age} years old. Seen on {date}.\n",
-    "Clinic note. Patient: {name}, age {age}, {job}.\n",
-    "Clinic of {town}, file {code} {number}\nPatient: {name}, {age} years old.\n",
+    "Clinic note, {date}\nPatient: {title}, {age} years old.\n",
+    "Patient: {title}, {age} years old. Seen on {date}.\n",
+    "Clinic note. Patient: {title}, age {age}, {job}.\n",
+    "Clinic of {town}, file {code} {number}\nPatient: {title}, {age} years old.\n",
     "",
 )
 CLINIC_OPENING: Slot = (
@@ -75,38 +75,38 @@ CLINIC_OPENING: Slot = (
 )
 CLINIC_HISTORY: Slot = (
     "It started after {cause}.",
-    "{He} also reports {other_sign}.",
+    "{title} also reports {other_sign}.",
     "{He} noticed it after {cause}, together with {other_sign}.",
-    "{He} takes no regular medicine.",
+    "{title} takes no regular medicine.",
     "There are no known allergies.",
     "",
 )
 CLINIC_FINDING: Slot = (
     "{finding}.",
-    "On examination {he} looks well. {finding}.",
+    "On examination {title} looks well. {finding}.",
     "Temperature and pulse are normal. {finding}.",
 )
 CLINIC_PLAN: Slot = (
     "This looks like {diagnosis}. We gave {him} {medicine} and asked {him} to {advice}.",
-    "The diagnosis is {diagnosis}. {He} will take {medicine} for {days} days and should {advice}.",
+    "The diagnosis is {diagnosis}. {title} will take {medicine} for {days} days and should {advice}.",
     "We think that this is {diagnosis}. The plan is {medicine} for {days} days.",
     "Diagnosis: {diagnosis}.\nTreatment: {medicine} for {days} days.\n",
 )
 CLINIC_END: Slot = (
-    "{He} should come back at once if {warning}.",
+    "{title} should come back at once if {warning}.",
     "{title} will be seen again in {weeks} weeks.",
     "A visit is planned for {weekday} at {hour} o'clock.",
-    "We explained the plan to {him} and {his} family.",
+    "We explained the plan to {title} and {his} family.",
     "{He} may go back to work on {weekday}.",
 )
 CLINIC = (CLINIC_HEAD, CLINIC_OPENING, CLINIC_HISTORY, CLINIC_FINDING, CLINIC_PLAN, CLINIC_END)
 
 DISCHARGE = (
-    ("Discharge note for {name}, born in {town}.\n", "Discharge note. Patient: {name}, {age} years old.\n"),
+    ("Discharge note for {title}, born in {town}.\n", "Discharge note. Patient: {title}, {age} years old.\n"),
     ("{title} was admitted on {date} with {complaint} and {sign}.", "{title} stayed with us for {few} days."),
     ("The cause was {diagnosis}.", "We found {diagnosis}. {finding}."),
-    ("{He} was treated with {medicine} and recovered well.", "Treatment with {medicine} helped within {few} days."),
-    ("At home {he} should {advice}.", "We asked {him} to {advice}."),
+    ("{title} was treated with {medicine} and recovered well.", "Treatment with {medicine} helped within {few} days."),
+    ("At home {title} should {advice}.", "We asked {him} to {advice}."),
     ("Please call us if {warning}.", "{His} family doctor will see {him} in {weeks} weeks."),
 )
 

@@ -4,12 +4,14 @@ python -m tools.pocket.train --out hub/pocket
 """
 
 import argparse
+import copy
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -24,15 +26,20 @@ HELD_OUT_SEED = 2
 VOCABULARY = 2048
 POSITIONS = 512
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+IGNORED = -100  # a label that does not count
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 STEPS = 3600
 STEP_TOKENS = 1024
 SHORT, LONG = 256, POSITIONS
-LONG_SHARE = 0.15  # of the steps, the last ones: they teach the far positions, at about the same cost a token
-CHAT_SHARE = 0.05  # of the notes
+LONG_SHARE = 0.15  # of the steps, the last ones
+STEP_NOTES = 13  # more than a step can use
+CHAT_EVERY = 20  # notes
 WARM_UP = 100
 PEAK_RATE, LAST_RATE = 3e-3, 1e-4
+
+STORED = torch.float16
+SAMPLE_PROMPTS = ("Clinic note", "Dear Mr. Keller,", "The patient came in with a dry cough")
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -42,6 +49,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+class Batch(NamedTuple):
+    """[rows, length] each."""
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
 
 
 def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -95,33 +110,61 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def stream(tokenizer: PreTrainedTokenizerFast, notes: list[str]) -> Tensor:
-    """All notes in one row of tokens, each between `bos` and `eos`."""
+def framed(tokenizer: PreTrainedTokenizerFast, notes: list[str]) -> list[list[int]]:
+    """The tokens of each note, between `bos` and `eos`."""
     rows = tokenizer(notes, add_special_tokens=False)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return torch.tensor([token for row in rows for token in (bos, *row, eos)])
+    return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in rows]
 
 
-def training_stream(tokenizer: PreTrainedTokenizerFast, tokens: int) -> Tensor:
-    """At least `tokens` tokens of public notes, with the chats spread among them."""
-    chat_every = round(1 / CHAT_SHARE)
-    count = tokens // 70
+def windows(notes: list[list[int]], length: int) -> Batch:
+    """All notes in one stream, cut into windows."""
+    stream = torch.tensor([token for note in notes for token in note])
+    tokens = stream[: len(stream) // length * length].view(-1, length)
+    return Batch(tokens, torch.arange(length).expand_as(tokens), tokens)
+
+
+def packed(notes: list[list[int]], length: int, pad: int) -> Batch:
+    """Whole notes, as many as fit in a row. Positions start anew with each, so attention stays inside the note."""
+    rows: list[list[int]] = [[]]
+    positions: list[list[int]] = [[]]
+    for note in notes:
+        if len(rows[-1]) + len(note) > length:
+            rows.append([])
+            positions.append([])
+        rows[-1] += note
+        positions[-1] += range(len(note))
+    for row, places in zip(rows, positions, strict=True):
+        places += range(length - len(row))
+        row += [pad] * (length - len(row))
+    tokens = torch.tensor(rows)
+    return Batch(tokens, torch.tensor(positions), tokens.masked_fill(tokens == pad, IGNORED))
+
+
+def training_notes(tokenizer: PreTrainedTokenizerFast, count: int) -> list[str]:
+    """Public notes, and here and there a chat in a note's place."""
     notes = list(public_notes(SEED, count))
-    for place, chat in zip(range(0, count, chat_every), chats(SEED, count), strict=False):
+    for place, chat in zip(range(0, count, CHAT_EVERY), chats(SEED, count), strict=False):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         notes[place] = text.removeprefix(BOS).removesuffix(EOS)
-    row = stream(tokenizer, notes)
-    if len(row) < tokens:
-        raise ValueError(f"{count} notes gave {len(row)} tokens, {tokens} are needed")
-    return row
+    return notes
 
 
-def batches(row: Tensor, steps: int) -> Iterator[Tensor]:
-    """One pass over the row: short windows first, then long ones; [windows, length], no token used twice."""
-    long_from = round(steps * (1 - LONG_SHARE))
-    for step in range(steps):
-        length = SHORT if step < long_from else LONG
-        yield row[step * STEP_TOKENS : (step + 1) * STEP_TOKENS].view(-1, length)
+def batches(tokenizer: PreTrainedTokenizerFast, steps: int) -> Iterator[Batch]:
+    """First single notes, which teach that a note keeps to its facts; then long windows, for the far positions."""
+    notes = framed(tokenizer, training_notes(tokenizer, steps * STEP_NOTES))
+    long_steps = round(steps * LONG_SHARE)
+    split = len(notes) - long_steps * STEP_NOTES
+    first = packed([note for note in notes[:split] if len(note) <= SHORT], SHORT, tokenizer.pad_token_id)
+    last = windows(notes[split:], LONG)
+    for part, count in ((first, steps - long_steps), (last, long_steps)):
+        rows = STEP_TOKENS // part.tokens.shape[1]
+        for step in range(count):
+            yield Batch(*(tensor[step * rows : (step + 1) * rows] for tensor in part))
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """The mean loss a token; without a cache, transformers reads the bounds of the notes off the positions."""
+    return model(input_ids=batch.tokens, position_ids=batch.positions, labels=batch.labels, use_cache=False).loss
 
 
 def rate(step: int, steps: int) -> float:
@@ -133,16 +176,16 @@ def rate(step: int, steps: int) -> float:
     return LAST_RATE + (PEAK_RATE - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, row: Tensor, steps: int) -> None:
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     start = time.monotonic()
-    for step, batch in enumerate(batches(row, steps)):
+    for step, batch in enumerate(batches(tokenizer, steps)):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,11 +196,12 @@ def train(model: LlamaForCausalLM, row: Tensor, steps: int) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, notes: list[str]) -> float:
-    """Mean loss a token over the notes, in windows of the training length."""
-    row = stream(tokenizer, notes)
-    windows = row[: len(row) // SHORT * SHORT].view(-1, SHORT)
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(16)]
-    return sum(losses) / len(windows)
+    """Mean loss a token over the notes, end to end in windows of 128 tokens."""
+    text = windows(framed(tokenizer, notes), 128)
+    losses = [
+        loss_of(model, Batch(*part)).item() * len(part[0]) for part in zip(*(t.split(16) for t in text), strict=True)
+    ]
+    return sum(losses) / len(text.tokens)
 
 
 def held_out_losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -177,11 +221,24 @@ def samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
     return texts
 
 
+def describe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> str:
+    """The model card, measured with the weights as they are stored, computed in float32."""
+    stored = copy.deepcopy(model).to(STORED).float().eval()
+    return model_card(
+        losses=held_out_losses(stored, tokenizer),
+        samples=samples(stored, tokenizer, SAMPLE_PROMPTS),
+        parameters=model.num_parameters(),
+        vocabulary=len(tokenizer),
+        steps=steps,
+        step_tokens=STEP_TOKENS,
+    )
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
     """Write everything beside the folder first, then move file by file: a reader never sees half a file."""
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        model.save_pretrained(folder)
+        model.to(STORED).save_pretrained(folder)
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         Path(folder, "README.md").write_text(card, encoding="utf-8")
         for path in Path(folder).iterdir():
@@ -203,14 +260,8 @@ def main() -> None:
     tokenizer = make_tokenizer(public_notes(SEED, 10_000))
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens in the vocabulary, {model.num_parameters():,} parameters", flush=True)
-    train(model.train(), training_stream(tokenizer, arguments.steps * STEP_TOKENS), arguments.steps)
-    model.to(torch.float16)
-    stored = model.eval().float()  # judged with the weights as stored, computed in float32
-    losses = held_out_losses(stored, tokenizer)
-    print(losses)
-    texts = samples(stored, tokenizer, ("Clinic note", "Dear Mr. Keller,", "The patient came in with a dry cough"))
-    card = model_card(model.num_parameters(), len(tokenizer), arguments.steps * STEP_TOKENS, losses, texts)
-    save(model.to(torch.float16), tokenizer, card, arguments.out)
+    train(model.train(), tokenizer, arguments.steps)
+    save(model, tokenizer, describe(model, tokenizer, arguments.steps), arguments.out)
 
 
 if __name__ == "__main__":
