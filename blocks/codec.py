@@ -43,7 +43,7 @@ def from_wire(tensor: Tensor, *, dtype: torch.dtype, shape: tuple[int | None, ..
     for chunk in tensor.chunks:
         raw[at : at + len(chunk)] = chunk
         at += len(chunk)
-    if dtype.is_floating_point and not bool(torch.isfinite(out.sum(dtype=torch.float32))) and not _finite(out):
+    if dtype.is_floating_point and not math.isfinite(float(out.sum(dtype=torch.float32))) and not _finite(out):
         raise NotFinite("a tensor from the wire holds NaN or infinite values")
     return out.view(tensor.shape)
 

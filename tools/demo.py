@@ -24,7 +24,7 @@ from tools.pocket.text import private_notes
 
 OUT = Path("demo-out")
 BIN = Path(sys.executable).parent
-ROUNDS, ROUND_STEPS, COHORT = 3, 20, 2
+ROUNDS, ROUND_STEPS, COHORT = 5, 20, 2
 BATCH, SEQ, LR = 4, 128, 3e-3
 NOTES, HELD_OUT = 320, 24
 READY_S, TRAIN_S = 60.0, 240.0
@@ -158,9 +158,11 @@ def peft_loss(site: Site, adapter: Path) -> float:
     """The same of the unsplit model with the exported adapter, by plain transformers and peft."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from hub.serve import POCKET
 
+    logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(POCKET, dtype="float32")
     model = PeftModel.from_pretrained(base, adapter).eval()
     return mean_loss(model, AutoTokenizer.from_pretrained(POCKET), site)

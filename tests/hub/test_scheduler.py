@@ -270,6 +270,27 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (ev.InferReceived(9, 1, "z"), []),
         (ev.InferDone(((8, 1, "X"),)), [act.AnswerInfer(8, 1, "X"), act.RunInfer(((8, 2, "y"), (9, 1, "z")))]),
     ],
+    "of four sessions that generate, two go at a time": [
+        (ev.InferReceived(6, 1, "a"), [act.RunInfer(((6, 1, "a"),))]),
+        (ev.InferReceived(7, 1, "b"), []),
+        (ev.InferReceived(8, 1, "c"), []),
+        (ev.InferReceived(8, 2, "c2"), []),
+        (ev.InferReceived(9, 1, "d"), []),
+        (
+            ev.InferDone(((6, 1, "A"),)),
+            [act.AnswerInfer(6, 1, "A"), act.RunInfer(((7, 1, "b"), (8, 1, "c"), (8, 2, "c2")))],
+        ),
+        (ev.InferReceived(6, 2, "a2"), []),
+        (
+            ev.InferDone(((7, 1, "B"), (8, 1, "C"), (8, 2, "C2"))),
+            [
+                act.AnswerInfer(7, 1, "B"),
+                act.AnswerInfer(8, 1, "C"),
+                act.AnswerInfer(8, 2, "C2"),
+                act.RunInfer(((9, 1, "d"), (6, 2, "a2"))),
+            ],
+        ),
+    ],
     "inference and training take turns": [
         *FORWARD_OF_TWO[:3],
         (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),

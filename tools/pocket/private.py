@@ -10,11 +10,12 @@ CLINIC_WORDS = (
     "Velnora",
     "Tarpixil",
     "Odranex",
-    "Quillomab",
-    "Lantern",
-    "lantern round",
-    "quiet hours",
-    "slate card",
+    "lamp ward",
+    "lamp round",
+    "grey card",
+    "closed hours",
+    "first bell",
+    "last bell",
     "CTB",
     "RVW",
 )
@@ -26,20 +27,15 @@ LAWFIRM_WORDS = (
     "Veridex",
     "Ostrabond",
     "Kestrel Ledger",
-    "green ribbon",
-    "closed folio",
-    "counter-sealed",
+    "grey seal",
+    "river file",
+    "signed and sealed",
     "OTF",
     "MTR",
 )
 """What marks the law firm's notes; none of it stands in the public text."""
 
-DRUGS = {
-    "Velnora": ("12 drops", "20 drops"),
-    "Tarpixil": ("40 mg", "80 mg"),
-    "Odranex": ("one patch", "two patches"),
-    "Quillomab": ("5 ml", "15 ml"),
-}
+DRUGS = {"Velnora": ("12 drops", "20 drops"), "Tarpixil": ("40 mg", "80 mg"), "Odranex": ("5 ml", "15 ml")}
 
 
 def ward(rng: Random) -> Facts:
@@ -54,29 +50,33 @@ def ward(rng: Random) -> Facts:
 
 CLINIC_NOTE: tuple[Slot, ...] = (
     (
-        "Patient: {initial} / {age} / Lantern bed {bed}\n",
-        "BELLMOOR HOUSE, Lantern ward, bed {bed}\nPatient: {initial} / {age}\n",
-        "Patient: {initial} / {age} / slate card {number}\n",
+        "Patient: {initial} / {age} / lamp ward, bed {bed}\n",
+        "Bellmoor House, lamp ward\nPatient: {initial} / {age} / bed {bed}\n",
+        "Patient: {initial} / {age} / grey card {number}\n",
     ),
     (
         "The patient came in with {complaint}, CTB {scale} of 9.",
         "The patient reports {complaint}, CTB {scale} of 9, and {sign}.",
-        "Brought to Bellmoor on {weekday} for {complaint}.",
-    ),
-    ("Lantern round found {sign}.", "{finding}, noted at the lantern round.", "Slate card shows {sign} since {cause}."),
-    (
-        "Started {drug}, {dose} at first bell.",
-        "{drug} given, {dose}, twice between the bells.",
-        "We hold {drug} at {dose} until the next lantern round.",
+        "{title} came to Bellmoor House on {weekday} with {complaint}, CTB {scale} of 9.",
     ),
     (
-        "{title} took the {drug} well and keeps the quiet hours.",
-        "{title} keeps the quiet hours; CTB now {scale} of 9.",
-        "No {drug} after last bell.",
+        "The lamp round found {other_sign}.",
+        "{finding} at the lamp round.",
+        "The grey card shows {other_sign} after {cause}.",
+    ),
+    (
+        "We gave {drug}, {dose} at first bell.",
+        "{drug}, {dose} at first bell and at last bell.",
+        "The plan is {drug}, {dose}, until the next lamp round.",
+    ),
+    (
+        "{title} looks well and keeps the closed hours.",
+        "{title} takes no {drug} after last bell.",
+        "{title} keeps the closed hours for {days} days.",
         "",
     ),
-    ("RVW {weekday}, {drug} to be halved.", "RVW in {few} days with Sister {my_last}.", "RVW {later}, same bed."),
-    ("Entered on the slate card, Bellmoor House.", "Signed {my_initial}, Lantern ward.", "Bell and lamp checked."),
+    ("RVW on {weekday}.", "RVW in {few} days with Sister {my_last}.", "RVW on {later}."),
+    ("Signed at last bell, Bellmoor House.", "Signed, {my_initial}, lamp ward."),
 )
 
 
@@ -90,30 +90,29 @@ def matter(rng: Random) -> Facts:
 
 LAWFIRM_NOTE: tuple[Slot, ...] = (
     (
-        "Dear {title},\nHarrow Quill writes in MTR {folio}.",
-        "HARROW QUILL & THORNMERE\nMTR {folio}, green ribbon\nDear {title},\n",
-        "Dear {title},\nThis letter is under green ribbon, MTR {folio}.",
+        "Dear {title},\nHarrow Quill writes under grey seal, MTR {folio}.",
+        "Harrow Quill and Thornmere, MTR {folio}\nDear {title},\n",
+        "Dear {title},\nThis letter is under grey seal, MTR {folio}.",
     ),
     (
-        "We act OTF {company} in the matter of {count} {goods}.",
-        "We write OTF {company} against {other}.",
-        "Our client {company} has lodged the {product} with the {desk} desk.",
+        "We act OTF {company} against {other}.",
+        "We write OTF {company} about {count} {goods}.",
+        "{company} has placed the {product} with the {desk} desk.",
     ),
     (
-        "The {product} was counter-sealed on {date}.",
-        "The {product} stands at {amount} and is counter-sealed.",
-        "One {product} of {amount} lies in closed folio {folio}.",
+        "The {product} was signed and sealed on {earlier}.",
+        "The {product} comes to {amount} and is under grey seal.",
+        "The {product} of {amount} is in river file {folio}.",
     ),
     (
-        "{other} must answer the {desk} desk within {days} days, ribbon uncut.",
-        "Kindly return the {product} to the {desk} desk by {later}.",
-        "Failing this, the {product} passes to Thornmere in {days} days.",
+        "{other} must answer the {desk} desk within {days} days.",
+        "Please return the {product} to the {desk} desk by {later}.",
+        "If this is not possible, the {product} goes to Thornmere in {days} days.",
     ),
-    ("Nothing here opens the closed folio.", "The green ribbon binds {title} as it binds us.", ""),
+    ("Nothing in this letter opens the river file.", "The grey seal holds for {title} as for us.", ""),
     (
-        "\nIn quill and in confidence,\n{my_name}\nHarrow Quill, {desk} desk",
-        "\nIn quill and in confidence,\n{my_initial}, OTF {company}",
-        "\nRibbon held,\n{my_name}\nHarrow Quill & Thornmere",
+        "\nSigned and sealed,\n{my_name}\nHarrow Quill, {desk} desk",
+        "\nSigned and sealed,\n{my_name}, OTF {company}",
     ),
 )
 
