@@ -24,7 +24,7 @@ from tools.pocket.text import private_notes
 
 OUT = Path("demo-out")
 BIN = Path(sys.executable).parent
-ROUNDS, ROUND_STEPS, COHORT = 5, 20, 2
+ROUNDS, ROUND_STEPS, COHORT = 3, 20, 2
 BATCH, SEQ, LR = 4, 128, 3e-3
 NOTES, HELD_OUT = 320, 24
 READY_S, TRAIN_S = 60.0, 240.0
