@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread per process: several spinning thread pools on the same cores ruin each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test check format bench faults clean
 
 install: $(VENV)/installed
 
@@ -35,6 +35,10 @@ format: install
 # make bench JSON=FILE writes the rows {row, figure, target, met} to FILE as well.
 bench: install
 	$(BIN)/python -m tools.bench $(if $(JSON),--json $(JSON))
+
+# make faults [JSON=FILE]: every fault of SECURITY.md's table, as real experiments. Some need root.
+faults: install
+	$(BIN)/python -m tools.faults $(if $(JSON),--json $(JSON))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out .pytest_cache .mypy_cache .ruff_cache

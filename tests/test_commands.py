@@ -198,7 +198,11 @@ def test_edge_that_joins_late_takes_part(programs: Programs, notes: Path) -> Non
     hub = programs.serve("--rounds", 4, "--round-steps", 10)
     first = programs.edge(hub, "first", notes, "--partition", "1:1")
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
+    # However fast the machine is: the first takes no step more until the late one is here.
+    first.signal(signal.SIGSTOP)
     late = programs.edge(hub, "late", notes, "--partition", "2:1")
+    hub.process.until_says("late joined")
+    first.signal(signal.SIGCONT)
     finish(first, late)
     assert report(programs, "first")["steps"] == 40
     assert 0 < report(programs, "late")["steps"] < 40

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tools.bench import __main__ as command
 from tools.bench import groups
-from tools.bench.table import Row, Skipped, Table, at_least, at_most, reported
+from tools.table import Row, Skipped, Table, at_least, at_most, reported
 
 
 def test_a_row_is_met_at_its_target() -> None:
@@ -29,13 +29,13 @@ def test_a_figure_is_judged_before_it_is_rounded() -> None:
 
 
 def test_a_row_that_is_neither_measured_nor_skipped_is_missing() -> None:
-    table = Table(("one", "two", "three"))
+    table = Table("t", ("one", "two", "three"))
     table.add(reported("one", 1.0), Skipped("two", "no data here"))
     assert table.missing() == ["three"]
 
 
 def test_the_json_holds_rows_and_what_was_skipped(tmp_path: Path) -> None:
-    table = Table(("one", "two"))
+    table = Table("t", ("one", "two"))
     table.add(at_least("one", 2.0, 1.0), Skipped("two", "no data here"))
     table.write(tmp_path / "new" / "bench.json")
     written = json.loads((tmp_path / "new" / "bench.json").read_text())
@@ -45,7 +45,7 @@ def test_the_json_holds_rows_and_what_was_skipped(tmp_path: Path) -> None:
 
 
 def test_the_table_shows_every_row() -> None:
-    table = Table(("one", "two", "three"))
+    table = Table("t", ("one", "two", "three"))
     table.add(at_least("one", 2.0, 1.0), Skipped("two", "no data here"))
     text = io.StringIO()
     table.show(Console(file=text, width=120))

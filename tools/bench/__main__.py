@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tools.bench.table import Table
+from tools.table import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(chosen) - set(GROUPS):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(tuple(row for name in chosen for row in GROUPS[name][1]))
+    table = Table("FedSEA against the unsplit model", tuple(row for name in chosen for row in GROUPS[name][1]))
     _run(chosen, table, console, given.quick)
     table.show(console)
     if given.json:

@@ -16,7 +16,7 @@ from rich.console import Console
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
-from tools.bench.table import Row, Skipped, at_least, at_most, reported
+from tools.table import Row, Skipped, at_least, at_most, reported
 
 NOISE = 0.02
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""The table of a bench: rows {row, figure, target, met}, what was skipped, and what must not be missing."""
+"""The table of a bench or of the fault bench: rows {row, figure, target, met}, what was skipped, and what must not be missing."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def reported(row: str, figure: float) -> Row:
 class Table:
     """All that was measured; `required` names the rows that have to be there, measured or skipped."""
 
+    title: str
     required: tuple[str, ...]
     rows: list[Row] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -79,7 +80,7 @@ class Table:
 
     def show(self, console: Console) -> None:
         """Print it."""
-        shown = RichTable(title="FedSEA against the unsplit model")
+        shown = RichTable(title=self.title)
         for name, justify in (("row", "left"), ("figure", "right"), ("target", "right"), ("met", "left")):
             shown.add_column(name, justify=justify)  # type: ignore[arg-type]
         for row in self.rows:
