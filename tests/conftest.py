@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Programs
+from tools.programs import Programs
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from messaging.joining import JoinString, read_join
 from messaging.keys import new_keys
 from tests.support.folders import single_model
-from tests.support.processes import Done, Hub, Programs
 from tests.support.sites import POCKET, write_notes
+from tools.programs import Done, Hub, Programs
 
 
 @pytest.fixture(scope="module")

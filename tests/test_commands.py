@@ -24,8 +24,8 @@ from messaging.framing import decode, encode
 from messaging.joining import read_join
 from messaging.keys import load_keys, new_keys
 from messaging.transport import Channel, Connected, ConnectFailed, FailReason
-from tests.support.processes import Hub, Process, Programs
 from tests.support.sites import write_notes
+from tools.programs import Hub, Process, Programs
 
 STOP_S = 15.0
 ENROL_ONLY = ("--max-new-tokens", 1, "--noise", 0)

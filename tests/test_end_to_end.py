@@ -19,9 +19,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 import edge
 from messaging.joining import JoinString, read_join
 from messaging.transport import Channel
-from tests.support.processes import Hub, Programs
 from tests.support.relay import Relay
 from tests.support.sites import POCKET, greedy, mean_loss, tokenizer, whole_model, write_notes
+from tools.programs import Hub, Programs
 
 PROMPT = "Patient:"
 NAMES = ("clinic", "lawfirm")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import Hub, Programs
+from tools.programs import Hub, Programs
 
 MODEL = Path(__file__).parents[2] / "shared" / "data" / "llama-stories260K-hf"
 HIDDEN_BYTES = 64 * 4

@@ -1,4 +1,4 @@
-"""The table of a bench or of the fault bench: rows {row, figure, target, met}, what was skipped, and what must not be missing."""
+"""The table of a bench: rows {row, figure, target, met}, what was skipped, and what must not be missing."""
 
 from __future__ import annotations
 

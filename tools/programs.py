@@ -26,7 +26,7 @@ COMMAND_S = 90.0
 PATIENCE_S = 60.0
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.support.imported"])
+_forks.set_forkserver_preload(["tools.imported"])
 
 
 @dataclass(frozen=True)

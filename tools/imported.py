@@ -1,4 +1,4 @@
-"""Everything that the commands import, for the process that `processes.py` forks them from."""
+"""Everything that the commands import, for the process that `programs.py` forks them from."""
 
 import os
 
