@@ -107,8 +107,9 @@ class Layout:
         return tuple(out)
 
     @classmethod
-    def from_ints(cls, ints: Sequence[int], rows: int, past: int, width: int) -> Layout:
-        """Undo `to_ints`. Raises ProtocolError on anything that describes no batch of this shape."""
+    def from_ints(cls, ints: Sequence[int], rows: int, past: int, width: int, most: int = _MAX_POSITION + 1) -> Layout:
+        """Undo `to_ints`. Raises ProtocolError on anything that describes no batch of this shape, or that has a
+        position from `most` on: some models look positions up in a table of that size."""
         if rows < 1 or width < 1 or past < 0:
             raise ProtocolError(f"layout: a batch of {rows} rows, {past} + {width} positions")
         if not ints:
@@ -127,21 +128,25 @@ class Layout:
         layout = cls(rows, past, width, rule, tuple(runs) if any(runs) else (), tuple(starts))
         if at != len(ints):
             raise ProtocolError("layout: more integers than rows")
-        layout._check()
+        layout._check(most)
         return layout
 
-    def _check(self) -> None:
+    def _check(self, most: int) -> None:
         for runs in self.runs:
             if sum(runs) > self.past + self.width:
                 raise ProtocolError("layout: runs are longer than the row")
         if self.rule == FROM and any(len(row) != 1 for row in self.starts):
             raise ProtocolError("layout: a row needs one first position")
+        if self.rule == FROM and any(first + self.width > most for (first,) in self.starts):
+            raise ProtocolError(f"layout: positions beyond {most}")
         if self.rule == SEGMENTS:
             if self.past or any(self.runs):
                 raise ProtocolError("layout: packed rows have neither past nor padding")
             for row in self.starts:
                 if len(row) % 2 or any(n < 1 for n in row[1::2]) or sum(row[1::2]) != self.width:
                     raise ProtocolError("layout: segments do not fill the row")
+                if any(first + n > most for first, n in zip(row[::2], row[1::2], strict=True)):
+                    raise ProtocolError(f"layout: positions beyond {most}")
 
     # -- from a transformers call --------------------------------------------------------------------
 

@@ -59,6 +59,10 @@ class AdapterOptimizer:
         self._adam.zero_grad(set_to_none=True)
         return norm
 
+    def drop_gradients(self) -> None:
+        """Forget what a backward left that broke off."""
+        self._adam.zero_grad(set_to_none=True)
+
     def _with_gradient(self, tokens: int | Mapping[str, int]) -> tuple[list[nn.Parameter], list[float]]:
         """The parameters that this step trains, and the tokens behind each; the others lose their gradient."""
         chosen: list[nn.Parameter] = []
@@ -87,10 +91,11 @@ class AdapterOptimizer:
         return out
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned, and forget all that came after it."""
         self.steps = int(state["|steps"])
         for name, parameter in self._parameters.items():
             entries = {key.rpartition("|")[2]: value for key, value in state.items() if key.startswith(name + "|")}
+            self._adam.state.pop(parameter, None)
             if entries:
                 self._adam.state[parameter] = {
                     key: value.clone() if key == "step" else value.to(parameter.device, copy=True)

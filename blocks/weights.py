@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,6 +134,28 @@ class FileSource:
             n = min(elements, flat.numel() - at)
             self.read_bytes(name, at * info.dtype.itemsize, raw[: n * info.dtype.itemsize])
             flat[at : at + n] = piece[:n]
+
+
+class Watched:
+    """Weights whose reading is watched: `advance` gets the bytes of each tensor that was read."""
+
+    def __init__(self, source: WeightSource, advance: Callable[[float], None]) -> None:
+        self._source = source
+        self._advance = advance
+
+    def names(self) -> Iterable[str]:
+        """See WeightSource."""
+        return self._source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """See WeightSource."""
+        return self._source.info(name)
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """See WeightSource."""
+        tensor = self._source.read(name, dtype)
+        self._advance(self._source.info(name).nbytes)
+        return tensor
 
 
 def read_header(file: Path) -> dict[str, tuple[Path, int, TensorInfo]]:

@@ -64,6 +64,15 @@ def join_(
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: SeedOption = 0,
+    give_up: Annotated[
+        float | None,
+        typer.Option(
+            "--give-up",
+            min=1.0,
+            metavar="SECONDS",
+            help="How long the hub may be silent (default: 30 for the first contact, then without end).",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune with a hub: your text, labels and logits stay here."""
     with exit_codes():
@@ -93,6 +102,7 @@ def join_(
                 share_loss=share_loss,
                 headless=headless,
                 seed=seed,
+                give_up=give_up,
             )
         )
 
@@ -150,6 +160,17 @@ def chat(
         from edge.generate import chat as run
 
         run(GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device))
+
+
+@app.command("rotate-key")
+def rotate_key(state: StateOption = DEFAULT_STATE) -> None:
+    """Replace this edge's key by a new one, under the same name; the old one is good no more."""
+    with exit_codes():
+        from edge.rotation import rotate_key as run
+        from edge.state import EdgeState
+        from messaging.console import Journal
+
+        print(run(EdgeState(state), Journal()))
 
 
 @app.command()

@@ -9,42 +9,33 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import messaging.messages as m
+from edge.link import LinkFigures, LinkWatch
+from edge.membership import HubKey
 from messaging.console import Journal
 from messaging.errors import ErrorCode, FedseaError, HubError, HubUnreachable, LinkLost, ProtocolError, Refused
 from messaging.exchange import Answered, Failed
 from messaging.framing import decode
 from messaging.liveness import Liveness
 from messaging.requests import Requests, Session
-from messaging.transport import Buffer, Connected, ConnectFailed, Disconnected, EdgeSide, FailReason
+from messaging.transport import Buffer, Channel, Connected, ConnectFailed, Disconnected, EdgeSide, FailReason, Reachable
 
 M = TypeVar("M", bound=m.Message)
 
 _LONGEST_WAIT_S = 0.25
-_SILENT_S = 10.0
 _WRONG_KEY_TRIES = 3
 _RESET_S = 1.0
-
-
-@dataclass
-class LinkFigures:
-    """What the edge's screen shows of the link; written by the network thread alone."""
-
-    round_trip_s: float | None = None
-    heard_at: float = 0.0
-    #: what the hub said of itself last
-    pong: m.Pong | None = None
-    connected: bool = False
-    round_trips: int = 0
+_OTHER_KEY_S = 0.25
 
 
 class HubClient:
     """Asks the hub. `submit` may be called from any thread; the network thread does the rest.
 
-    give_up_s: seconds of silence after which everything that is asked fails with HubUnreachable.
+    give_up_s: seconds of silence after which everything that is asked fails with HubUnreachable; inf for never.
+    A hub that has missed three pings is dialled afresh, again and again, and asked once more what is open.
     """
 
     def __init__(
@@ -54,8 +45,10 @@ class HubClient:
         give_up_s: float = 30.0,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
+        hub_key: HubKey | None = None,
     ) -> None:
         self._transport = transport
+        self._hub_key = hub_key
         self._journal = journal
         self._clock = clock
         rng = rng or random.Random()
@@ -68,10 +61,9 @@ class HubClient:
         self._hello_request: int | None = None
         self._reopening = False
         self._ping_ids: dict[int, float] = {}
-        self._silence_told = False
         self._wrong_keys = 0
-        #: why the hub takes no connection; whatever is asked from then on fails with it
-        self._refusal: Refused | None = None
+        #: why the hub takes no connection or session; whatever is asked from then on fails with it
+        self._refusal: FedseaError | None = None
         self._reset_at: float | None = None
         self._stopping = threading.Event()
         self._session_changed = threading.Condition()
@@ -80,9 +72,8 @@ class HubClient:
         self.session = 0
         #: what the next Ping says of this edge; set by whoever knows
         self.status = m.Ping("joining", 0, 0.0, 0.0, 0.0, 0.0, None)
-        #: steps of this edge whose results it holds; told when a session is reopened
-        self.steps_done = 0
         self.figures = LinkFigures(heard_at=clock())
+        self._link = LinkWatch(journal, self.figures, clock)
         self._thread = threading.Thread(target=self._run, name="network", daemon=True)
         self._thread.start()
 
@@ -124,14 +115,32 @@ class HubClient:
     def where(self) -> m.Welcome:
         """The WELCOME of this session as of now: it tells which of this edge's steps the hub has applied."""
         assert self._hello is not None
-        return self.ask(replace(self._hello, resume=self.session, steps_done=self.steps_done), m.Welcome)
+        return self.ask(replace(self._hello, resume=self.session), m.Welcome)
 
     def wait_for_session(self, timeout_s: float) -> m.Welcome:
         """The WELCOME of a session that is open now. Raises HubUnreachable when there is none in time."""
+        deadline = self._clock() + timeout_s
         with self._session_changed:
-            if not self._session_changed.wait_for(lambda: not self._reopening, timeout_s) or self.welcome is None:
-                raise HubUnreachable(f"the hub did not come back within {timeout_s:.0f} s")
+            while self._reopening and self._refusal is None and not self._stopping.is_set():
+                left = deadline - self._clock()
+                if left <= 0:
+                    raise HubUnreachable(f"the hub did not come back within {timeout_s:.0f} s")
+                # Waking now and then lets Ctrl-C through on every platform.
+                self._session_changed.wait(min(left, 1.0))
+            if self._refusal is not None:
+                raise self._refusal
+            if self.welcome is None or self._stopping.is_set():
+                raise _closed()
             return self.welcome
+
+    def be_patient(self, give_up_s: float) -> None:
+        """From now on it takes so many seconds of silence until what is asked fails; inf for never."""
+        self._requests.give_up_s = give_up_s
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the hub just now, in words for the screen; empty when all is well."""
+        return self._link.trouble
 
     def close(self) -> None:
         """End the thread and the connections; whatever is still asked fails with LinkLost."""
@@ -193,12 +202,15 @@ class HubClient:
             if self.session:
                 out = self._requests.stamp(message)
                 self._transport.send(out.channel, out.frames)
-        if self._requests.needs_session and self.session and self._hello_request is None and self._hello is not None:
+        lost = self._requests.needs_session and self.session
+        if lost and self._hello is not None and self._hello_request is None and self._refusal is None:
             self._reopen(now)
 
     def _reopen(self, now: float) -> None:
         assert self._hello is not None
-        hello = replace(self._hello, resume=self.session, steps_done=self.steps_done)
+        # A generation goes on with the adapter that it began with, also at a hub that was restarted.
+        version = -1 if self._hello.train or self.welcome is None else self.welcome.adapter_version
+        hello = replace(self._hello, resume=self.session, version=version)
         self._reopening = True
         self._hello_request = self._requests.add(hello, now)
 
@@ -208,7 +220,7 @@ class HubClient:
                 self._requests.sent(out.request, now)
             else:
                 self._requests.blocked(out.channel, now)
-        if self.session and not self._requests.needs_session and self._liveness.ping_due(now):
+        if self._liveness.ping_due(now):
             out = self._requests.stamp(self.status)
             self._ping_ids = {out.request: now}
             self._transport.send(out.channel, out.frames)
@@ -229,8 +241,10 @@ class HubClient:
             sent = self._ping_ids.pop(packet.envelope.request, None)
             if sent is not None:
                 self.figures.round_trip_s = now - sent
-            self.figures.pong = packet.message
+            self.figures.pong, self.figures.pong_at = packet.message, now
             self._liveness.resize(packet.message.joined)
+        if isinstance(packet.message, m.NextHubKey) and self._hub_key is not None:
+            self._hub_key.announced(packet.message.key)
         if isinstance(packet.message, m.Welcome) and packet.envelope.request == self._hello_request:
             self._welcomed(packet)
         outcome = self._requests.received(packet, now)
@@ -258,7 +272,8 @@ class HubClient:
     def _fail(self, failed: Failed) -> None:
         if failed.request == self._hello_request:
             self._hello_request = None
-            self._reopening = False
+            if self._reopening and not isinstance(failed.error, HubUnreachable):
+                self._refuse(failed.error)
         future = self._futures.pop(failed.request, None)
         if future is not None:
             future.set_exception(failed.error)
@@ -270,41 +285,63 @@ class HubClient:
         now = self._clock()
         match event:
             case Connected(channel):
-                self.figures.connected, self._wrong_keys, self._refusal = True, 0, None
+                self._wrong_keys, self._refusal = 0, None
+                if self._hub_key is not None and channel is Channel.CTL:
+                    self._hub_key.proved()
                 self._requests.connected(channel, now)
-                self._liveness.restart(now)
-            case Disconnected():
-                self.figures.connected = False
-                self._journal.log("the connection to the hub is lost: dialling again")
+                if channel is Channel.CTL:
+                    self.figures.connected = True
+                    self._liveness.restart(now)
+            case Disconnected(channel):
+                if channel is Channel.CTL:
+                    self.figures.connected = False
+                    self._journal.log("the connection to the hub is lost: dialling again")
+            case Reachable():
+                self._dial_afresh(now)
             case ConnectFailed(_, FailReason.NOT_ENROLLED as reason):
-                self._refused(reason)
-            case ConnectFailed(_, FailReason.WRONG_HUB_KEY as reason):
-                # A hub that is just stopping may look like this once.
-                self._wrong_keys += 1
-                if self._wrong_keys >= _WRONG_KEY_TRIES:
-                    self._refused(reason)
+                self._refuse(Refused(reason.value))
+            case ConnectFailed(channel, FailReason.WRONG_HUB_KEY as reason):
+                self._wrong_hub_key(channel, reason, now)
             case ConnectFailed(_, FailReason.HUB_TROUBLE):
                 # After a refusal a socket never dials again by itself.
                 self._reset_at = now + _RESET_S
 
-    def _refused(self, reason: FailReason) -> None:
-        self._refusal = Refused(reason.value)
-        for failed in self._requests.fail_all(self._refusal):
+    def _wrong_hub_key(self, channel: Channel, reason: FailReason, now: float) -> None:
+        """Try the key that the hub has announced, if it has; else give up on a hub that was never proved."""
+        tries = _WRONG_KEY_TRIES
+        if channel is Channel.CTL and self._reset_at is None and self._hub_key is not None:
+            other = self._hub_key.other()
+            if other is not None:
+                self._transport.use_key(other)
+                self._reset_at = now + _OTHER_KEY_S
+                tries *= 2
+        # A hub that is just stopping may look like this once; and one whose key was proved once is no other.
+        if not self.session:
+            self._wrong_keys += 1
+            if self._wrong_keys >= tries:
+                self._refuse(Refused(reason.value))
+
+    def _refuse(self, error: FedseaError) -> None:
+        """Nothing will come of this hub any more: end what is asked, and tell those who wait for a session."""
+        with self._session_changed:
+            self._refusal = error
+            self._session_changed.notify_all()
+        for failed in self._requests.fail_all(error):
             self._fail(failed)
 
+    def _dial_afresh(self, now: float) -> None:
+        """Fresh sockets; then a HELLO that resumes the session, and everything that is open once more."""
+        self._reset_at = None
+        self.figures.connected = False
+        self._transport.reset()
+        self._requests.reset()
+        self._liveness.restart(now)
+
     def _watch(self, now: float) -> None:
-        """Tell of silence once, and of its end; dial afresh where the socket will not."""
-        if self._reset_at is not None and now >= self._reset_at:
-            self._reset_at = None
-            self._transport.reset()
-        silent = now - self.figures.heard_at
-        waiting = bool(self._futures)
-        if silent > _SILENT_S and waiting and not self._silence_told:
-            self._silence_told = True
-            self._journal.log(f"hub silent for {silent:.0f} s, retrying")
-        elif self._silence_told and silent < _SILENT_S:
-            self._silence_told = False
-            self._journal.log("the hub answers again")
+        """Tell of a silent hub, and dial afresh where the sockets would not, or have not noticed."""
+        if self._liveness.dead(now) or (self._reset_at is not None and now >= self._reset_at):
+            self._dial_afresh(now)
+        self._link.look(self._liveness.quiet_s)
 
     @property
     def traffic(self) -> tuple[int, int]:

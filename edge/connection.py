@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -20,23 +21,25 @@ from blocks.partition import Partition
 from blocks.remote import RemoteBlocks, build_edge, remote_of
 from blocks.source import ModelFiles, open_model
 from blocks.surgery import CutModel, load, store_by_columns
+from blocks.weights import Watched
 from edge.client import HubClient
-from edge.fetch import fetch_bytes
+from edge.fetch import fetch_adapter
+from edge.membership import HubKey, enrolled, settle
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
-from edge.remote_model import RemoteModel
-from edge.state import EdgeState, Membership
+from edge.pace import Pace
+from edge.remote_model import RemoteModel, RemoteSource
+from edge.state import EdgeState
 from messaging.console import Journal
 from messaging.edge_transport import EdgeTransport
-from messaging.enrol import enrol
-from messaging.errors import FedseaError, InputError, ProtocolError, Refused
-from messaging.joining import JoinString, read_join
+from messaging.errors import FedseaError, ProtocolError
 
 SOFTWARE = "fedsea " + installed_version("fedsea")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Mean absolute noise where nobody asks for another.
 DEFAULT_NOISE = 0.02
-_ENROL_S = 30.0
+#: How long a hub may be silent before a command gives up, unless it is told otherwise.
+GIVE_UP_S = 30.0
 _LEAVE_S = 2.0
 
 
@@ -55,17 +58,26 @@ class HubModel:
 
 
 class Connection:
-    """A client of one hub, enrolled, and what is known of its model."""
+    """A client of one hub, enrolled, and what is known of its model. `give_up_s`: how long the hub may be silent."""
 
-    def __init__(self, state: EdgeState, journal: Journal, join: str | None, name: str) -> None:
+    def __init__(
+        self, state: EdgeState, journal: Journal, join: str | None, name: str, give_up_s: float = GIVE_UP_S
+    ) -> None:
         self.state = state
         self.journal = journal
-        self.membership = _enrolled(state, journal, join, name)
-        self.client = HubClient(EdgeTransport(self.membership.hub, state.keys()), journal)
+        self.membership = enrolled(state, journal, join, name, give_up_s)
+        if settle(state, self.membership, give_up_s):
+            journal.log("the hub has taken this edge's new key")
+        self._changing = threading.Lock()
+        self._pace = Pace()
+        self._partition: Partition | None = None
+        hub_key = HubKey(self.membership.hub, self.membership.next_key, self._keep_hub_key)
+        transport = EdgeTransport(self.membership.hub, state.keys())
+        self.client = HubClient(transport, journal, give_up_s, hub_key=hub_key)
 
     def leave(self) -> None:
         """Say good-bye, if the hub can be reached: it frees what it holds for this session at once."""
-        if self.client.session:
+        if self.client.session and self.client.figures.connected:
             with contextlib.suppress(FedseaError):
                 self.client.ask(m.Leave(0, "done"), m.Bye, deadline_s=_LEAVE_S)
 
@@ -79,12 +91,13 @@ class Connection:
         description = self.client.ask(asked, m.Description)
         if description.dtype not in _DTYPES:
             raise ProtocolError(f"the hub works in {description.dtype!r}, which this edge does not know")
-        remote = RemoteModel(self.client, self.state.cache, description.model_hash)
+        remote = RemoteModel(self.client, self.state.cache, description.model_hash, self.journal, self._pace)
         files = open_model(model) if model is not None else remote.open()
         return HubModel(description, files, remote.manifest, model is not None, _DTYPES[description.dtype])
 
-    def hello(self, partition: Partition, train: bool, description: m.Description, steps_done: int = 0) -> m.Welcome:
+    def hello(self, partition: Partition, train: bool, description: m.Description) -> m.Welcome:
         """Open a session."""
+        self._partition = partition
         return self.client.open(
             m.Hello(
                 min_version=m.PROTOCOL_VERSION,
@@ -97,45 +110,31 @@ class Connection:
                 q=partition.q,
                 lora_rank=0,
                 resume=0,
-                steps_done=steps_done,
+                version=-1,
             )
         )
 
     def remember(self, partition: Partition, noise: float) -> None:
         """Keep the partition and the noise for the commands that come after."""
-        self.membership = replace(self.membership, partition=str(partition), noise=noise)
-        self.state.set_membership(self.membership)
+        with self._changing:
+            self.membership = replace(self.membership, partition=str(partition), noise=noise)
+            self.state.set_membership(self.membership)
+
+    def _keep_hub_key(self, key: str, announced: str | None) -> None:
+        """Remember the hub's key and its next one; the network thread calls this."""
+        with self._changing:
+            self.membership = replace(self.membership, hub=replace(self.membership.hub, key=key), next_key=announced)
+            self.state.set_membership(self.membership)
 
     def adapter(self, version: int) -> adapters.Adapter:
-        """The published adapter `version`, whole."""
-        return load_safetensors(fetch_bytes(self.client, f"adapter/{version}"))
+        """The part of the published adapter `version` that this edge hosts, by the partition of its session."""
+        name, folder = f"adapter/{version}/{self._partition}", self.state.cache / "adapters"
+        with self.journal.task(f"fetching adapter version {version}") as task:
+            return load_safetensors(fetch_adapter(self.client, name, folder, task, self._pace))
 
     def noise(self, scale: float, seed: int) -> GaussianNoise:
-        """Noise from this edge's secret key and the run's seed."""
-        secret = self.state.keys().secret.encode()
-        return GaussianNoise(scale, hashlib.sha256(secret + str(seed).encode()).digest())
-
-
-def _enrolled(state: EdgeState, journal: Journal, join: str | None, name: str) -> Membership:
-    """Where this edge belongs; enrols it first if it is new there."""
-    known = state.membership()
-    if join is None:
-        if known is None:
-            raise InputError(f"{state.folder} is enrolled nowhere yet: give the join string that the hub printed")
-        return known
-    ticket: JoinString = read_join(join)
-    if known is not None and known.hub.key == ticket.hub.key:
-        # The same hub, perhaps at new ports: its key is what counts.
-        membership = replace(known, hub=ticket.hub)
-    elif known is not None:
-        raise Refused(
-            f"{state.folder} belongs to another hub ({known.hub.host}): give another --state for this join string"
-        )
-    else:
-        journal.log(f"enrolling at {ticket.hub.host}")
-        membership = Membership(ticket.hub, enrol(ticket, state.keys(), name, _ENROL_S))
-    state.set_membership(membership)
-    return membership
+        """Noise from this edge's secret for it and the run's seed."""
+        return GaussianNoise(scale, hashlib.sha256(self.state.noise_secret() + str(seed).encode()).digest())
 
 
 def build(
@@ -143,10 +142,15 @@ def build(
 ) -> CutModel:
     """The edge's model, its own blocks filled, not yet attached to a hub."""
     cut = build_edge(served.files.config, partition, served.dtype, noise)
+    source = served.files.source
+    hosted = [name for name in source.names() if cut.to_local(name) is not None]
     if served.own:
-        hosted = [name for name in served.files.source.names() if cut.to_local(name) is not None]
         check_against(served.manifest, served.files, hosted)
-    load(cut, served.files.source, served.dtype, device)
+    elif isinstance(source, RemoteSource):
+        source.fetch(hosted)
+    size = sum(source.info(name).nbytes for name in hosted)
+    with connection.journal.task("loading blocks", size) as task:
+        load(cut, Watched(source, task.advance), served.dtype, device)
     store_by_columns(cut.layers)
     cut.model.generation_config = served.files.generation_config()
     return cut

@@ -13,7 +13,7 @@ import torch
 from transformers import TextStreamer
 
 from edge.library import connect
-from messaging.console import Journal
+from messaging.console import Journal, plain_lines
 from messaging.errors import InputError
 
 
@@ -86,18 +86,18 @@ def chat(options: GenerateOptions) -> None:
 
 def _connect(options: GenerateOptions) -> Any:
     journal = Journal()
-    journal.echo_to(lambda line: print(line, file=sys.stderr, flush=True))
-    return connect(
-        options.join,
-        model=options.model,
-        partition=options.partition,
-        noise=options.noise,
-        state=options.state,
-        name=options.name,
-        device=options.device,
-        seed=options.seed,
-        journal=journal,
-    )
+    with plain_lines(journal, sys.stderr):
+        return connect(
+            options.join,
+            model=options.model,
+            partition=options.partition,
+            noise=options.noise,
+            state=options.state,
+            name=options.name,
+            device=options.device,
+            seed=options.seed,
+            journal=journal,
+        )
 
 
 def _encode(tokenizer: Any, prompt: str, model: Any) -> torch.Tensor:

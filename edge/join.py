@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import messaging.messages as m
 from blocks import adapters
 from blocks.device import pick_device
 from blocks.surgery import CutModel
-from edge.connection import Connection, HubModel, attach, build, lora_spec
+from edge.connection import GIVE_UP_S, Connection, HubModel, attach, build, lora_spec
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.interrupts import Interrupts
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
 from edge.noise import GaussianNoise
 from edge.planning import Planned, choose_partition, measure_link
+from edge.snapshots import Snapshots
 from edge.state import EdgeState
 from edge.trainer import Parts, Trainer
 from messaging.console import Curve, Journal, LiveView
@@ -44,6 +46,7 @@ class JoinOptions:
     share_loss: bool
     headless: bool
     seed: int
+    give_up: float | None = None
 
 
 class Joining:
@@ -73,14 +76,16 @@ class Joining:
             owned.enter_context(state.training())
             self._phase = "enrolling"
             name = options.name or socket.gethostname()
-            connection = self._connection = Connection(state, self._journal, options.join, name)
+            connection = self._connection = Connection(
+                state, self._journal, options.join, name, options.give_up or GIVE_UP_S
+            )
             owned.callback(connection.close)
             owned.callback(connection.leave)
             self._phase = "asking the hub"
             served = self._served = connection.describe(options.model)
-            self._train(connection, served)
+            self._train(connection, served, owned)
 
-    def _train(self, connection: Connection, served: HubModel) -> None:
+    def _train(self, connection: Connection, served: HubModel, owned: ExitStack) -> None:
         options = self._options
         self._phase = "reading the data"
         tokenizer = served.files.tokenizer()
@@ -88,7 +93,9 @@ class Joining:
         self._phase = "planning"
         device = pick_device(options.device)
         # A run that goes on keeps its partition: its adapter is that of these layers.
-        again = connection.membership.partition if connection.state.snapshot() is not None else None
+        snapshots = connection.state.snapshots()
+        owned.callback(snapshots.close)
+        again = connection.membership.partition if snapshots.newest() is not None else None
         planned = self._planned = choose_partition(
             again if again and options.partition == "auto" else options.partition,
             options.profile,
@@ -105,49 +112,42 @@ class Joining:
         cut = build(connection, served, partition, noise, device)
         self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
         welcome = connection.hello(partition, True, served.description)
+        # There is something to lose from here on: a hub may be away for hours.
+        connection.client.be_patient(options.give_up or math.inf)
         connection.remember(partition, options.noise)
-        trainer = self._trainer = self._make_trainer(connection, served, cut, welcome)
+        trainer = self._trainer = self._make_trainer(connection, served, cut, welcome, snapshots)
         packs = served.files.config.model_type in PACKS_EXACTLY
         source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
         self._run_trainer(connection, trainer, source, lambda: eval_batches(
             held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
         ))  # fmt: skip
 
-    def _make_trainer(self, connection: Connection, served: HubModel, cut: CutModel, welcome: m.Welcome) -> Trainer:
-        assert self._noise is not None
-        spec = lora_spec(welcome.recipe, served.files.config)
-        adapters.inject(cut, spec)
-        adapters.write(cut, connection.adapter(welcome.adapter_version))
+    def _make_trainer(
+        self, connection: Connection, served: HubModel, cut: CutModel, welcome: m.Welcome, snapshots: Snapshots
+    ) -> Trainer:
+        assert self._noise is not None and self._planned is not None
+        adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         remote, middle = attach(cut, connection.client, welcome)
         parts = Parts(
-            cut, remote, middle, connection.client, self._noise, connection.adapter, connection.state.save,
+            cut, remote, middle, connection.client, self._noise, connection.adapter, snapshots,
             self._journal, self._interrupts.whole,
         )  # fmt: skip
-        trainer = Trainer(parts, welcome, self._options.lr, self._options.steps)
-        before = connection.state.snapshot()
-        if before is not None and before.model_hash == welcome.model_hash and before.steps == welcome.applied:
-            # Newer adapters than the snapshot's may be out; the optimizer's moments are still this edge's own.
-            current = before.version == welcome.adapter_version
-            trainer.restore(before, adapter=current)
-            lost = "nothing lost" if current else f"with the published adapter version {welcome.adapter_version}"
-            self._journal.log(f"going on at step {welcome.applied}, {lost}")
-        elif welcome.applied:
-            self._journal.log(f"going on at step {welcome.applied} with the published adapter")
-        trainer.begin()
+        trainer = Trainer(parts, welcome, self._planned.partition, self._options.lr, self._options.steps)
+        trainer.begin(welcome)
         return trainer
 
     def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:
         try:
             trainer.run(source.batch, held_out)  # type: ignore[arg-type]
         except (KeyboardInterrupt, HubUnreachable):
-            path = connection.state.save(trainer.snapshot())
+            path = trainer.saved()
             self._journal.log(f"interrupted at step {trainer.progress.step}; saved in {path}")
             self._journal.log(f"go on with: edge join --state {connection.state.folder} --data ... (the same data)")
             raise
         self._report(connection, trainer)
 
     def _report(self, connection: Connection, trainer: Trainer) -> None:
-        progress, path = trainer.progress, connection.state.save(trainer.snapshot())
+        progress, path = trainer.progress, trainer.saved()
         sent, received = connection.client.traffic
         connection.state.write_report(
             {
@@ -209,6 +209,7 @@ class Joining:
             noise_sigma=noise.sigma if noise else 0.0,
             noise_r=noise.r if noise else None,
             log=self._journal.recent(),
+            trouble=connection.client.trouble,
         )
         connection.client.status = self._ping(snapshot)
         return snapshot

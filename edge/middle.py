@@ -7,6 +7,7 @@ same bytes are sent again, never a fresh draw of noise over the same text.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,8 @@ class HubMiddle:
         #: the training step under way, and its target tokens; set by the trainer
         self.step, self.tokens = 0, 0
         self.times = StepTimes()
+        #: called before a training step is asked of the hub
+        self.before_step: Callable[[], None] = lambda: None
         #: the hub's reply to the latest step
         self.step_grad: m.StepGrad | None = None
         #: inference requests that went to the hub and back
@@ -79,6 +82,7 @@ class HubMiddle:
 
     def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
         """See Middle."""
+        self.before_step()
         self.times = StepTimes(smashed_sent=time.perf_counter())
         message = m.StepForward(self.step, self.tokens, layout.to_ints(), to_wire(smashed))
         reply = self._client.ask(message, m.StepHidden)

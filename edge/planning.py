@@ -62,8 +62,10 @@ def choose_partition(
     shape = exact_shape(served.files.config)
     workload = Workload(batch, seq, served.description.dtype)
     try:
-        machine = load_machine(profile) if profile else probe_machine(device.type)
-        link = measure()
+        with journal.task("probing this machine"):
+            machine = load_machine(profile) if profile else probe_machine(device.type)
+        with journal.task("measuring the link"):
+            link = measure()
         journal.log(f"planning for {describe(machine)}, link {1e3 * link.round_trip_s:.1f} ms")
         if asked == "auto":
             chosen = plan(shape, machine, link, workload)

@@ -1,22 +1,28 @@
-"""What the edge keeps on disk: its key, the hub's address, fetched blocks, and where its training stands."""
+"""What the edge keeps on disk: its keys, the hub's address, fetched blocks, and where its training stands."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_safetensors
-
+from edge.snapshots import Snapshots
 from messaging.errors import InputError
 from messaging.joining import HubAddress
-from messaging.keys import KeyPair, load_or_create_keys, write_private
+from messaging.keys import (
+    KeyPair,
+    load_keys,
+    load_or_create_keys,
+    read_private,
+    sweep_private,
+    take_over_keys,
+    write_private,
+)
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,12 @@ class Membership:
     name: str
     partition: str | None = None
     noise: float | None = None
+    #: the key that the hub has announced for its next start
+    next_key: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """This edge's training after `steps` steps: the tensors of its adapter and optimizer, by name."""
-
-    steps: int
-    round: int
-    version: int
-    adapter: Mapping[str, torch.Tensor]
-    optimizer: Mapping[str, torch.Tensor]
-    model_hash: str = ""
+#: A temporary file of this age belongs to no living writer.
+_DEAD_S = 60.0
 
 
 class EdgeState:
@@ -53,7 +53,34 @@ class EdgeState:
 
     def keys(self) -> KeyPair:
         """The edge's key pair, made at the first call; its public key is its identity."""
-        return load_or_create_keys(self.folder / "edge.key")
+        path, noise = self.folder / "edge.key", self.folder / "noise.key"
+        if not path.exists() and not noise.exists():
+            write_private(noise, secrets.token_hex(32).encode())
+        return load_or_create_keys(path)
+
+    def next_keys(self) -> KeyPair | None:
+        """The pair that is about to take the place of the present one; None if none is."""
+        path = self.folder / "edge-next.key"
+        return load_keys(path) if path.exists() else None
+
+    def make_next_keys(self) -> KeyPair:
+        """The pair that is to take the place of the present one, made now if there is none yet."""
+        self.noise_secret()
+        return load_or_create_keys(self.folder / "edge-next.key")
+
+    def adopt_next_keys(self) -> None:
+        """Put that pair in the place of the present one, in one step."""
+        take_over_keys(self.folder / "edge-next.key", self.folder / "edge.key")
+
+    def noise_secret(self) -> bytes:
+        """What this edge's noise is drawn from. It never changes: one text must never get two noises.
+
+        A state from before noise had a secret of its own drew it from the first key, and goes on with that.
+        """
+        path, keys = self.folder / "noise.key", self.keys()
+        if not path.exists():
+            write_private(path, keys.secret.encode())
+        return read_private(path)
 
     @property
     def cache(self) -> Path:
@@ -69,7 +96,8 @@ class EdgeState:
             return None
         try:
             fields = json.loads(path.read_text())
-            return Membership(HubAddress(**fields["hub"]), fields["name"], fields.get("partition"), fields.get("noise"))
+            more = {name: fields.get(name) for name in ("partition", "noise", "next_key")}
+            return Membership(HubAddress(**fields["hub"]), fields["name"], **more)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged ({error}): remove it and join again") from error
 
@@ -87,6 +115,9 @@ class EdgeState:
             os.close(descriptor)
             raise InputError(f"another `edge join` trains with {self.folder}: give this one another --state") from None
         try:
+            # Only here this process is alone; beside it `edge generate` may just write into the outer folder.
+            sweep_private(self.folder, older_than_s=_DEAD_S)
+            sweep_private(self.folder / "training")
             yield
         finally:
             os.close(descriptor)
@@ -97,38 +128,6 @@ class EdgeState:
         write_private(path, json.dumps(report, indent=2).encode() + b"\n")
         return path
 
-    # -- snapshots -----------------------------------------------------------------------------------
-
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write it in one piece; what was there before is replaced."""
-        tensors = {f"adapter/{name}": value.contiguous() for name, value in snapshot.adapter.items()}
-        tensors |= {f"optimizer/{name}": value.contiguous() for name, value in snapshot.optimizer.items()}
-        facts = {
-            "steps": snapshot.steps,
-            "round": snapshot.round,
-            "version": snapshot.version,
-            "model_hash": snapshot.model_hash,
-        }
-        path = self.folder / "training.safetensors"
-        write_private(path, save_safetensors(tensors, {"fedsea": json.dumps(facts)}))
-        return path
-
-    def snapshot(self) -> Snapshot | None:
-        """What was saved last; None where nothing was. Raises InputError when it cannot be read."""
-        path = self.folder / "training.safetensors"
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                facts = json.loads(file.metadata()["fedsea"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({error}): remove it to start this edge's training anew") from error
-        return Snapshot(
-            steps=facts["steps"],
-            round=facts["round"],
-            version=facts["version"],
-            model_hash=facts["model_hash"],
-            adapter={name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")},
-            optimizer={n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
-        )
+    def snapshots(self) -> Snapshots:
+        """Where this edge's training stands."""
+        return Snapshots(self.folder / "training")

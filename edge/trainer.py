@@ -1,13 +1,13 @@
-"""The edge's training: steps through the hub, rounds, held-out loss."""
+"""The edge's training: steps through the hub, rounds, held-out loss; and going on after a break."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors.torch import save as save_safetensors
@@ -16,17 +16,18 @@ import messaging.messages as m
 from blocks import adapters
 from blocks.adapters import Adapter
 from blocks.optimizer import AdapterOptimizer, Schedule
+from blocks.partition import Partition
 from blocks.remote import RemoteBlocks
 from blocks.surgery import CutModel
 from edge.client import HubClient
 from edge.data import Batch
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
-from edge.state import Snapshot
+from edge.snapshots import Snapshot, Snapshots, Standing
+from edge.upload import Uploading
 from messaging.console import Journal
 from messaging.errors import ErrorCode, HubError, LinkLost, NotFinite
 
-_PIECE = 4 << 20
 #: How long to leave a hub alone that says it is stopping.
 _STOPPING_S = 0.5
 
@@ -62,7 +63,7 @@ class Parts:
     client: HubClient
     noise: GaussianNoise
     fetch_adapter: Callable[[int], Adapter]
-    save: Callable[[Snapshot], object]
+    snapshots: Snapshots
     journal: Journal
     #: what is done inside of it is not interrupted by Ctrl-C
     whole: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -71,41 +72,63 @@ class Parts:
 class Trainer:
     """Trains A and C here and B at the hub, `steps` steps in all (None: until the hub is done)."""
 
-    def __init__(self, parts: Parts, welcome: m.Welcome, lr: float | None, steps: int | None) -> None:
+    def __init__(
+        self, parts: Parts, welcome: m.Welcome, partition: Partition, lr: float | None, steps: int | None
+    ) -> None:
         self._parts = parts
-        self._recipe = welcome.recipe
         self._steps = steps
-        self._hash = welcome.model_hash
         recipe = welcome.recipe
         schedule = Schedule(lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
         self._optimizer = AdapterOptimizer(adapters.parameters(parts.cut), schedule)
-        self.progress = Progress(step=welcome.applied, round=welcome.round)
-        self._round_tokens = 0
+        self.progress = Progress()
+        self._standing = Standing(
+            welcome.applied, welcome.round, welcome.adapter_version, 0, 0, False, (), -1,
+            welcome.model_hash, str(partition),
+        )  # fmt: skip
+        #: adapter and optimizer as the round began, or as this process did: what a loss that is not finite leaves
+        self._sound: Snapshot | None = None
         self._session = parts.client.session
-        self._start: Snapshot | None = None
+        parts.middle.before_step = parts.snapshots.wait
 
     # -- the run ---------------------------------------------------------------------------------------
 
     def run(self, batch_of: Callable[[int], Batch], held_out: Callable[[], Iterable[Batch]]) -> None:
-        """Take all steps. Raises NotFinite at a NaN loss; what was saved when the round began stays on disk."""
-        progress = self.progress
-        self._evaluate(held_out)
+        """Take all steps. Raises NotFinite at a NaN loss; the adapter as the round began is then on disk."""
         over = False
-        while not over and (self._steps is None or progress.step < self._steps):
-            progress.phase = "training"
-            closes, over = self._one_step(batch_of)
-            done = self._steps is not None and progress.step >= self._steps
-            if closes or (done and not over):
-                over = self._close_round(done) or over
-                self._evaluate(held_out)
-        progress.phase = "done"
+        while not over:
+            self._evaluate_when_due(held_out)
+            if self._standing.closes or (self._all_taken() and self._standing.round_tokens):
+                over = self._close_round()
+            elif self._all_taken():
+                over = True
+            else:
+                self._say("training")
+                over = self._one_step(batch_of)
+        self._evaluate_when_due(held_out)
+        self._say("done")
 
-    def _one_step(self, batch_of: Callable[[int], Batch]) -> tuple[bool, bool]:
-        """One step, repeated where the link or the cohort broke it. Returns (round closes, training is over)."""
+    def _all_taken(self) -> bool:
+        return self._steps is not None and self._standing.steps >= self._steps
+
+    def _stand(self, standing: Standing) -> None:
+        """This is where the training stands now."""
+        self._standing = standing
+        progress = self.progress
+        progress.step, progress.round, progress.round_step = standing.steps, standing.round, standing.round_step
+        progress.held_out = list(standing.held_out)
+
+    def _say(self, phase: str) -> None:
+        self.progress.phase = phase
+
+    def _one_step(self, batch_of: Callable[[int], Batch]) -> bool:
+        """One step, repeated where the link or the cohort broke it. Returns whether training is over."""
         while True:
             self._keep_up()
+            if self._standing.closes or self._all_taken():
+                return False
             try:
-                return self._step(batch_of(self.progress.step)), False
+                self._step(batch_of(self._standing.steps))
+                return False
             except NotFinite as error:
                 raise self._stopped(str(error)) from error
             except LinkLost:
@@ -114,30 +137,43 @@ class Trainer:
             except HubError as error:
                 if error.code is ErrorCode.TRAINING_OVER:
                     self._load(self._latest_version())
-                    return False, True
-                if error.code is ErrorCode.SHUTDOWN:
-                    self._wait_for_hub()
-                elif error.code is ErrorCode.BEHIND:
-                    self._parts.journal.log(f"step {self.progress.step} is repeated: {error}")
-                    self._resume(self._parts.client.where())
-                elif error.code is ErrorCode.NOT_FINITE:
-                    raise self._stopped(str(error)) from error
-                else:
-                    raise
+                    return True
+                self._after_refusal(error)
+
+    def _after_refusal(self, error: HubError) -> None:
+        """Make the step possible again after the hub refused it, or raise what ends the training."""
+        if error.code is ErrorCode.SHUTDOWN:
+            self._wait_for_hub()
+        elif error.code is ErrorCode.BEHIND:
+            self._parts.journal.log(f"step {self._standing.steps} is repeated: {error}")
+            welcome = self._parts.client.where()
+            if welcome.applied == self._standing.steps + 1:
+                self._skip(welcome)
+            else:
+                self._resume(welcome)
+        elif error.code is ErrorCode.NOT_FINITE:
+            raise self._stopped(str(error)) from error
+        else:
+            raise error
 
     def _stopped(self, why: str) -> NotFinite:
-        start = self._start
-        assert start is not None
+        """Leave what was good on the disk: the adapter of the steps since may be on its way to infinity."""
+        sound, steps = self._sound, self._standing.steps
+        assert sound is not None
+        self._parts.snapshots.put(replace(sound, standing=self._standing), 0)
+        self._parts.snapshots.wait()
         return NotFinite(
-            f"step {self.progress.step} is not taken: {why}. The adapter of step {start.steps}, where the round began, "
+            f"step {steps} is not taken: {why}. The adapter of step {sound.standing.steps}, where the round began, "
             "is kept. Lower --lr, or look at the data of that batch"
         )
 
-    def _step(self, batch: Batch) -> bool:
-        """Forward, loss, backward and optimizer for one batch. Returns whether the round closes."""
-        parts, progress, started = self._parts, self.progress, time.perf_counter()
-        parts.middle.step, parts.middle.tokens = progress.step, batch.tokens
-        parts.noise.begin(f"step {progress.step}", batch.input_ids)
+    def _step(self, batch: Batch) -> None:
+        """Forward, loss, backward and optimizer for one batch."""
+        parts, standing, started = self._parts, self._standing, time.perf_counter()
+        parts.middle.step, parts.middle.tokens = standing.steps, batch.tokens
+        parts.noise.begin(f"step {standing.steps}", batch.input_ids)
+        # The first try of a step that is repeated may have ended in the middle of the backward.
+        self._optimizer.drop_gradients()
         loss = self._summed_loss(batch, learning=True)
         mean = float(loss.detach()) / max(batch.tokens, 1)
         if not math.isfinite(mean):
@@ -146,14 +182,18 @@ class Trainer:
         with parts.whole():
             loss.backward()
             self._optimizer.step(batch.tokens)
-            progress.step += 1
-            progress.round_step += 1
-            parts.client.steps_done = progress.step
-            self._round_tokens += batch.tokens
+            reply = parts.middle.step_grad
+            assert reply is not None
+            taken = replace(
+                standing,
+                steps=standing.steps + 1,
+                round_step=standing.round_step + 1,
+                round_tokens=standing.round_tokens + batch.tokens,
+                closes=bool(reply.round_closes),
+            )
+            self._stand(taken)
+            self._keep(reply.checkpoint)
             self._account(started, batch.tokens, mean)
-        reply = parts.middle.step_grad
-        assert reply is not None
-        return bool(reply.round_closes)
 
     def _summed_loss(self, batch: Batch, learning: bool) -> torch.Tensor:
         """The loss summed over target tokens, by transformers' own loss function."""
@@ -174,48 +214,50 @@ class Trainer:
 
     # -- rounds ----------------------------------------------------------------------------------------
 
-    def _close_round(self, done: bool) -> bool:
-        """`_finish_round`, repeated where the link broke; False too where the hub has to go on with the round."""
+    def _close_round(self) -> bool:
+        """`_finish_round`, repeated where the link broke. Returns whether training is over for this edge."""
         while True:
             try:
-                return self._finish_round(done)
+                return self._finish_round()
             except LinkLost:
                 self._parts.journal.log("the connection broke at the end of a round: repeating it")
             except HubError as error:
                 if error.code is ErrorCode.BEHIND:
+                    self._stand(replace(self._standing, closes=False))
                     return False
                 if error.code is not ErrorCode.SHUTDOWN:
                     raise
                 time.sleep(_STOPPING_S)
-            step = self.progress.step
+            steps = self._standing.steps
             self._resume(self._parts.client.wait_for_session(math.inf))
-            if self.progress.step != step:
+            if self._standing.steps != steps:
                 return False
 
-    def _finish_round(self, done: bool) -> bool:
+    def _finish_round(self) -> bool:
         """Upload, leave if all steps are done, wait for the publication, load it. Returns whether training is over."""
-        parts, progress = self._parts, self.progress
-        progress.phase = "uploading the adapter"
-        if self._round_tokens:
+        parts, standing, done = self._parts, self._standing, self._all_taken()
+        parts.snapshots.wait()
+        self._say("uploading the adapter")
+        if standing.round_tokens:
             self._upload()
         if done:
             parts.client.ask(m.Leave(1, "all steps are taken"), m.Bye)
-        progress.phase = "waiting for the round"
-        published = parts.client.ask(m.AwaitRound(progress.round), m.Published)
+        self._say("waiting for the round")
+        published = parts.client.ask(m.AwaitRound(standing.round), m.Published)
         self._load(published.version)
-        progress.round, progress.round_step, self._round_tokens = published.round, 0, 0
-        self._keep()
+        self._begin_round(published.round)
         return bool(published.over) or done
+
+    def _begin_round(self, round_: int) -> None:
+        """Stand at the beginning of a round, with its published adapter."""
+        version = self._parts.middle.version
+        self._stand(replace(self._standing, round=round_, version=version, round_step=0, round_tokens=0, closes=False))
+        self._sound = self._keep(self._standing.steps)
 
     def _upload(self) -> None:
         data = save_safetensors(adapters.read(self._parts.cut))
-        digest = hashlib.sha256(data).hexdigest()
-        for at in range(0, len(data), _PIECE):
-            piece = memoryview(data)[at : at + _PIECE]
-            chunks = tuple(piece[i : i + m.MAX_FRAME_BYTES] for i in range(0, len(piece), m.MAX_FRAME_BYTES))
-            tensor = m.Tensor("u8", (len(piece),), chunks)
-            message = m.Upload(self.progress.round, self._round_tokens, at, len(data), digest, tensor)
-            self._parts.client.ask(message, m.UploadAck)
+        with self._parts.journal.task("uploading the adapter", len(data)) as task:
+            Uploading(self._parts.client, self._standing.round, self._standing.round_tokens, data).run(task)
 
     def _load(self, version: int) -> None:
         """Take the published adapter into A and C; the optimizer's moments stay."""
@@ -240,77 +282,117 @@ class Trainer:
             self._load(version)
             assert client.welcome is not None
             pong = client.figures.pong
-            self.progress.round = max(self.progress.round, pong.round if pong else 0, client.welcome.round)
-            self.progress.round_step, self._round_tokens = 0, 0
-            self._keep()
+            self._begin_round(max(self._standing.round, pong.round if pong else 0, client.welcome.round))
 
     # -- going on after a break --------------------------------------------------------------------------
 
-    def restore(self, snapshot: Snapshot, adapter: bool = True) -> None:
-        """Go on from a snapshot, with or without its adapter (its step count is the hub's to tell)."""
-        if adapter:
-            adapters.write(self._parts.cut, snapshot.adapter)
+    def begin(self, welcome: m.Welcome) -> None:
+        """Stand where an earlier process of this edge stood, as far as it fits the hub; or begin."""
+        parts, newest = self._parts, self._parts.snapshots.newest()
+        if newest is not None and not self._fits(newest):
+            newest = None
+        if newest is not None and self._go_back(newest, welcome):
+            return
+        self._load_published(welcome)
+        if newest is not None:
+            # The optimizer's moments are still this edge's own.
+            moments = parts.snapshots.at(newest.steps, newest.round)
+            assert moments is not None
+            self._optimizer.load(dict(moments.optimizer))
+        if welcome.applied:
+            parts.journal.log(f"going on at step {welcome.applied} with the published adapter")
+        self._stand(self._standing)
+        self._sound = self._keep(0)
+
+    def _fits(self, standing: Standing) -> bool:
+        mine = self._standing
+        return (standing.model_hash, standing.partition) == (mine.model_hash, mine.partition)
+
+    def _go_back(self, newest: Standing, welcome: m.Welcome) -> bool:
+        """Restore the snapshot that fits what the hub has applied. False if there is none."""
+        parts, applied = self._parts, welcome.applied
+        if applied - 1 == newest.steps:
+            # The hub took a step whose result was lost here: it tells it again.
+            snapshot = parts.snapshots.at(newest.steps, newest.round)
+        else:
+            snapshot = parts.snapshots.at(applied, welcome.round)
+        if snapshot is None or not self._fits(snapshot.standing):
+            return False
+        adapters.write(parts.cut, snapshot.adapter)
         self._optimizer.load(dict(snapshot.optimizer))
+        parts.middle.version = snapshot.standing.version
+        self._stand(snapshot.standing)
+        self._sound = snapshot
+        parts.journal.log(f"resumed at step {snapshot.standing.steps}, nothing lost")
+        return True
 
     def _resume(self, welcome: m.Welcome) -> None:
         """A session is open again: stand where the hub stands."""
-        parts, progress = self._parts, self.progress
-        self._session = parts.client.session
-        if welcome.applied == progress.step:
+        self._session = self._parts.client.session
+        standing = self._standing
+        if welcome.applied in (standing.steps, standing.steps + 1):
+            # In the second case the hub took the step whose answer was lost: it is asked for again, and told again.
+            self._parts.journal.log(f"resumed at step {standing.steps}, nothing lost")
             return
-        start = self._start
-        if start is not None and start.steps == welcome.applied:
-            self.restore(start)
-            parts.journal.log(f"the hub is at step {welcome.applied} of this edge: repeating from there, nothing lost")
-        else:
-            parts.middle.version = -1
-            self._load(welcome.adapter_version)
-            parts.journal.log(
-                f"the hub is at step {welcome.applied} of this edge, this edge was at {progress.step}: "
-                "going on from the last published adapter"
-            )
-        progress.step, progress.round = welcome.applied, welcome.round
-        progress.round_step, self._round_tokens = 0, 0
-        parts.client.steps_done = progress.step
+        self._parts.snapshots.wait()
+        if welcome.applied < standing.steps and self._go_back(standing, welcome):
+            return
+        self._skip(welcome)
+
+    def _skip(self, welcome: m.Welcome) -> None:
+        """Go on with the published adapter where the hub stands and nothing here fits that."""
+        self._parts.journal.log(
+            f"the hub is at step {welcome.applied} of this edge, this edge was at {self._standing.steps}: "
+            "going on from the last published adapter; what this edge's own blocks learned since then is lost"
+        )
+        self._load_published(welcome)
+        self._stand(replace(self._standing, steps=welcome.applied))
+        self._begin_round(welcome.round)
+
+    def _load_published(self, welcome: m.Welcome) -> None:
+        self._parts.middle.version = -1
+        self._load(welcome.adapter_version)
 
     def _wait_for_hub(self) -> None:
-        self.progress.phase = "the hub is stopping"
+        self._say("the hub is stopping")
         time.sleep(_STOPPING_S)
         self._resume(self._parts.client.wait_for_session(math.inf))
 
-    def begin(self) -> None:
-        """Note where this run begins, for a hub that has to go back to it."""
-        self._keep()
+    def _keep(self, checkpoint: int) -> Snapshot:
+        """Have it written where the training stands; `checkpoint`: the steps in the hub's newest checkpoint."""
+        snapshot = Snapshot(self._standing, adapters.read(self._parts.cut), self._optimizer.state())
+        self._parts.snapshots.put(snapshot, checkpoint)
+        return snapshot
 
-    def _keep(self) -> None:
-        self._start = self.snapshot()
-        self._parts.save(self._start)
-
-    def snapshot(self) -> Snapshot:
-        """The adapter and optimizer of A and C as they are now."""
-        return Snapshot(
-            steps=self.progress.step,
-            round=self.progress.round,
-            version=self._parts.middle.version,
-            adapter=adapters.read(self._parts.cut),
-            optimizer=self._optimizer.state(),
-            model_hash=self._hash,
-        )
+    def saved(self) -> Path:
+        """Where the training is saved as it stands now."""
+        self._parts.snapshots.wait()
+        return self._parts.snapshots.path(self._standing)
 
     # -- figures ---------------------------------------------------------------------------------------
 
-    def _evaluate(self, held_out: Callable[[], Iterable[Batch]]) -> None:
-        """Mean loss per target token on the held-out data, with the published adapter in all blocks."""
-        self.progress.phase = "evaluating"
+    def _evaluate_when_due(self, held_out: Callable[[], Iterable[Batch]]) -> None:
+        """Once at the beginning of each round, with the published adapter in all blocks."""
+        standing = self._standing
+        if standing.round_step or standing.closes or standing.evaluated >= standing.round:
+            return
+        loss = self._evaluate(held_out)
+        self._stand(replace(standing, held_out=(*standing.held_out, *loss), evaluated=standing.round))
+
+    def _evaluate(self, held_out: Callable[[], Iterable[Batch]]) -> tuple[float, ...]:
+        """Mean loss per target token on the held-out data; empty where there is none."""
+        self._say("evaluating")
         total, tokens = 0.0, 0
-        with torch.no_grad():
+        with torch.no_grad(), self._parts.journal.task("held-out loss", unit="tokens") as task:
             for batch in held_out():
                 self._parts.noise.begin("held-out", batch.input_ids)
                 total += float(self._summed_loss(batch, learning=False))
                 tokens += batch.tokens
-        if tokens:
-            self.progress.held_out.append(total / tokens)
-            self._parts.journal.log(f"held-out loss {total / tokens:.4f} at step {self.progress.step}")
+                task.advance(batch.tokens)
+        if not tokens:
+            return ()
+        self._parts.journal.log(f"held-out loss {total / tokens:.4f} at step {self._standing.steps}")
+        return (total / tokens,)
 
     def _account(self, started: float, tokens: int, loss: float) -> None:
         progress, times, now = self.progress, self._parts.middle.times, time.perf_counter()

@@ -1,4 +1,4 @@
-"""What `hub invite`, `edges`, `revoke`, `status` and `export` do.
+"""What `hub invite`, `edges`, `revoke`, `rotate-key`, `audit`, `status` and `export` do.
 
 Each works on the state folder, whether a hub runs on it or not, and returns JSON-ready data; the `show_`
 function beside it prints that data for people.
@@ -7,8 +7,12 @@ function beside it prints that data for people.
 from __future__ import annotations
 
 import math
+import re
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from hub.monitor.snapshot import HubSnapshot, from_fields
 from hub.monitor.view import render
 from hub.store.access import TOKEN_TTL_S
 from hub.store.state import HubState
+from messaging.console import Journal, plain_lines
+from messaging.console.figures import printable
 from messaging.errors import InputError
 from messaging.joining import JoinString
 
@@ -35,57 +41,132 @@ _SCREEN_LINES = 10_000
 _PIPE_COLUMNS = 120
 
 
-def invite(folder: Path, uses: int = 1, ttl_s: float = TOKEN_TTL_S) -> Data:
-    """A join string for so many new edges within so many seconds. InputError if no hub ever ran here."""
-    with HubState.open(folder, exclusive=False) as state:
+def seconds(text: str) -> float:
+    """A time as people write it: seconds, or a number with s, m, h or d behind it. InputError for anything else."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)", text.strip())
+    if match is None:
+        raise InputError(f"{text!r} is no length of time: give seconds, or a number with m, h or d, as 10m or 2h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def invite(folder: Path, uses: int = 1, ttl_s: float = TOKEN_TTL_S, name: str | None = None) -> Data:
+    """A join string for so many new edges within so many seconds; with `name`, for one edge of that name.
+
+    InputError if no hub ever ran here.
+    """
+    with _beside(folder) as state:
         address = state.address()
         if address is None:
             raise InputError(f"no hub has run on {folder} yet: start one with `hub serve --state {folder}` first")
-        token = state.access.invite(uses, ttl_s)
+        running = state.running()
+        if not running:
+            # They will come after its next start.
+            address = replace(address, key=state.next_key() or address.key)
+        token = state.access.invite(uses, ttl_s, name)
         return {
             "join": JoinString(address, token).encode(),
             "uses": uses,
+            "name": name,
             "expires_at": time.time() + ttl_s,
-            "running": state.running(),
+            "running": running,
         }
 
 
 def show_invite(data: Data, console: Console) -> None:
     """The join string on a line of its own, to be copied whole, and what it is good for."""
     console.print(data["join"], soft_wrap=True, markup=False, highlight=False)
-    console.print(f"good for {_many(data['uses'], 'edge')} until {_clock_time(data['expires_at'])}; keep it secret")
+    whom = _many(data["uses"], "edge") + (f", which gets the name {data['name']}," if data["name"] else "")
+    console.print(
+        f"good for {whom} until {_clock_time(data['expires_at'])}; keep it secret", markup=False, soft_wrap=True
+    )
     if not data["running"]:
         console.print("the hub is stopped: it must run at the same address when they join")
 
 
 def edges(folder: Path) -> Data:
-    """Everybody who was ever enrolled."""
-    with HubState.open(folder, exclusive=False) as state:
-        return {"edges": [asdict(edge) for edge in state.access.edges()]}
+    """Everybody who was ever enrolled, with their open sessions if a hub runs, and the open invitations."""
+    with _beside(folder) as state:
+        live = (state.read_status() or {}) if state.running() else {}
+        here = {row["name"]: row for row in live.get("edges", ())}
+        known = [
+            {**asdict(edge), "sessions": here.get(edge.name, {}).get("sessions", 0)} for edge in state.access.edges()
+        ]
+        return {"edges": known, "invitations": [asdict(open_) for open_ in state.access.invitations()]}
 
 
 def show_edges(data: Data, console: Console) -> None:
-    """A table of the allow-list."""
+    """A table of the allow-list, and a line for each invitation that is open."""
     if not data["edges"]:
         console.print("no edge is enrolled; `hub invite` makes a join string for one")
-        return
-    table = Table("name", "key", "enrolled", "last seen", "state", box=None)
-    for edge in data["edges"]:
-        state = f"revoked {_clock_time(edge['revoked_at'])}" if edge["revoked_at"] else "may connect"
-        times = (_clock_time(edge["enrolled_at"]), _clock_time(edge["last_seen"]))
-        table.add_row(escape(edge["name"]), escape(edge["key"][:8]), *times, state)
-    console.print(table)
+    else:
+        table = Table("name", "key", "enrolled", "last seen", "state", box=None)
+        for edge in data["edges"]:
+            times = (_clock_time(edge["enrolled_at"]), _clock_time(edge["last_seen"]))
+            table.add_row(escape(edge["name"]), escape(edge["key"][:8]), *times, _edge_state(edge))
+        console.print(table)
+    for open_ in data["invitations"]:
+        whom = f"the name {open_['name']}" if open_["name"] else _many(open_["uses_left"], "edge")
+        line = f"an invitation for {whom} is open until {_clock_time(open_['expires_at'])}"
+        console.print(f"{line} (token {open_['token_sha256']})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _edge_state(edge: Data) -> str:
+    if edge["revoked_at"]:
+        return f"revoked {_clock_time(edge['revoked_at'])}"
+    return f"here, {_many(edge['sessions'], 'session')}" if edge["sessions"] else "may connect"
 
 
 def revoke(folder: Path, name: str) -> Data:
     """Shut an edge out for ever. A running hub notices within a second. InputError for a name that is none."""
-    with HubState.open(folder, exclusive=False) as state:
+    with _beside(folder) as state:
         return asdict(state.access.revoke(name))
 
 
 def show_revoke(data: Data, console: Console) -> None:
     """One line."""
     console.print(f"{escape(data['name'])} is revoked: its key cannot connect or join again", highlight=False)
+
+
+def rotate_key(folder: Path) -> Data:
+    """Announce a new key of the hub; `untold` are the edges that were not here since it was first announced."""
+    with _beside(folder) as state:
+        key, since = state.rotate_keys()
+        untold = [
+            edge.name for edge in state.access.edges() if edge.revoked_at is None and (edge.last_seen or 0.0) <= since
+        ]
+        return {"key": key, "since": since, "running": state.running(), "untold": untold}
+
+
+def show_rotate_key(data: Data, console: Console) -> None:
+    """What is to be done, and whom it would lock out."""
+    lines = [f"the hub has the key {data['key']} from its next start on"]
+    if not data["running"]:
+        lines.append("it is stopped, so it can tell nobody: edges will need a new join string (`hub invite`)")
+    elif data["untold"]:
+        lines.append(f"not here since {_clock_time(data['since'])}: {', '.join(data['untold'])}")
+        lines.append("an edge that has not been here before the restart needs a new join string (`hub invite`)")
+        lines.append("see again who is missing: hub rotate-key (it makes no other key until the hub is restarted)")
+    else:
+        lines.append("every edge has been here since: restart the hub when it suits you")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def audit(folder: Path, last: int) -> Data:
+    """The last lines of the audit log, oldest first."""
+    with _beside(folder) as state:
+        return {"events": state.audit.last(last)}
+
+
+def show_audit(data: Data, console: Console) -> None:
+    """A line for each event."""
+    for event in data["events"]:
+        texts = [str(event.pop(fact, "")) for fact in ("time", "event", "name", "reason")]
+        rest = [f"{fact} {value}" for fact, value in event.items()]
+        line = printable("  ".join(text for text in (*texts, *rest) if text))
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not data["events"]:
+        console.print("nothing has happened yet")
 
 
 def status(folder: Path) -> Data:
@@ -130,11 +211,16 @@ def export(folder: Path, out: Path) -> Data:
     # torch and peft take seconds to import, and the other commands do without.
     from hub.store.export import export_peft
 
-    with HubState.open(folder, exclusive=False) as state:
+    journal = Journal()
+    with HubState.open(folder, exclusive=False) as state, plain_lines(journal, sys.stderr):
         adapter, model = state.adapters.latest(), state.model()
         if adapter is None or model is None:
             raise InputError(f"{folder} holds no published adapter yet: the first round is not over")
-        export_peft(adapter.tensors(), adapter.recipe, model.name, out, model.fan_in_fan_out)
+        with journal.task(f"exporting adapter version {adapter.version}", 2 * adapter.bytes) as task:
+            tensors = adapter.tensors()
+            task.advance(adapter.bytes)
+            export_peft(tensors, adapter.recipe, model.name, out, model.fan_in_fan_out)
+            task.advance(adapter.bytes)
         return {"out": str(out), "version": adapter.version, "round": adapter.round, "base_model": model.name}
 
 
@@ -142,6 +228,14 @@ def show_export(data: Data, console: Console) -> None:
     """One line."""
     text = f"adapter version {data['version']} of round {data['round']} is in {data['out']}, a PEFT folder"
     console.print(f"{text} for {data['base_model']}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[HubState]:
+    """The state, beside a hub that may be running on it; a log that cannot be written is told on stderr."""
+    with HubState.open(folder, exclusive=False) as state:
+        state.audit.tell = lambda text: print(text, file=sys.stderr)
+        yield state
 
 
 def _stored(state: HubState) -> Data:

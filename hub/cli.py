@@ -50,6 +50,9 @@ def serve(
     grace: Annotated[
         float, typer.Option(help="Seconds after which a silent edge no longer holds up the cohort; inf: never.")
     ] = 60.0,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints: what a hub that is killed has to do again.")
+    ] = 10.0,
     join_file: Annotated[Path | None, typer.Option(help="Write the join string there once edges are accepted.")] = None,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial adapter.")] = 0,
@@ -77,6 +80,7 @@ def serve(
                 lora_alpha=lora_alpha,
                 target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
                 grace_s=grace,
+                checkpoint_s=checkpoint_every,
                 join_file=join_file,
                 headless=headless,
                 seed=seed,
@@ -87,18 +91,23 @@ def serve(
 
 @app.command()
 def invite(
+    uses: Annotated[int, typer.Option("--uses", min=1, help="Edges that it lets in.")] = 1,
+    ttl: Annotated[str, typer.Option("--ttl", help="How long it is good: seconds, or as 10m, 2h, 1d.")] = "10m",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Let one edge in, under this name, whatever it calls itself.")
+    ] = None,
     state: StateOption = DEFAULT_STATE,
     json_: JsonOption = False,
 ) -> None:
     """Make a join string for another edge."""
     from hub import admin
 
-    _run(lambda: admin.invite(state), admin.show_invite, json_)
+    _run(lambda: admin.invite(state, uses, admin.seconds(ttl), name), admin.show_invite, json_)
 
 
 @app.command()
 def edges(state: StateOption = DEFAULT_STATE, json_: JsonOption = False) -> None:
-    """List everybody who was ever enrolled."""
+    """List everybody who was ever enrolled, and the invitations that are open."""
     from hub import admin
 
     _run(lambda: admin.edges(state), admin.show_edges, json_)
@@ -110,6 +119,26 @@ def revoke(name: str, state: StateOption = DEFAULT_STATE, json_: JsonOption = Fa
     from hub import admin
 
     _run(lambda: admin.revoke(state, name), admin.show_revoke, json_)
+
+
+@app.command("rotate-key")
+def rotate_key(state: StateOption = DEFAULT_STATE, json_: JsonOption = False) -> None:
+    """Give the hub a new key at its next start; edges that connect before that learn it by themselves."""
+    from hub import admin
+
+    _run(lambda: admin.rotate_key(state), admin.show_rotate_key, json_)
+
+
+@app.command()
+def audit(
+    last: Annotated[int, typer.Option("--last", min=1, help="Lines to show.")] = 50,
+    state: StateOption = DEFAULT_STATE,
+    json_: JsonOption = False,
+) -> None:
+    """Show who was let in, who was not and why."""
+    from hub import admin
+
+    _run(lambda: admin.audit(state, last), admin.show_audit, json_)
 
 
 @app.command()

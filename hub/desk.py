@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,11 +10,13 @@ import torch
 import messaging.messages as m
 from blocks.layout import Layout
 from blocks.partition import Partition
+from hub.credits import Credits
 from hub.jobs import EdgeAdapter, InferItem, Place, StepItem
 from hub.post import refusal
+from hub.receptions import Receptions
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
-from hub.sessions import Reception, Session
+from hub.sessions import Session
 from hub.worker import parse_upload
 from messaging.errors import ErrorCode, HubError, InputError, ProtocolError
 from messaging.replies import Replies
@@ -46,7 +47,7 @@ class Desk:
         served: Served,
         recipe: m.Recipe,
         epoch: int,
-        credit_bytes: int,
+        credits: Credits,
         applied: Mapping[str, int],
         round_tokens: Mapping[str, int],
         adapter: Mapping[str, torch.Tensor],
@@ -55,12 +56,12 @@ class Desk:
         self.served = served
         self.recipe = recipe
         self.epoch = epoch
-        self.credit_bytes = credit_bytes
+        self.credits = credits
         self.applied = applied
         self.round_tokens = round_tokens
         self.software = software
         self._adapter = adapter
-        self._most_upload = 2 * sum(t.numel() * 4 + 1024 for t in adapter.values()) + 65536
+        self._receptions = Receptions(2 * sum(t.numel() * 4 + 1024 for t in adapter.values()) + 65536)
 
     # -- opening -------------------------------------------------------------------------------------
 
@@ -80,12 +81,15 @@ class Desk:
                 f"the hub trains adapters of rank {self.recipe.lora_rank}, not {hello.lora_rank}: "
                 "the hub owns the rank",
             )
-        partition = Partition(hello.p, hello.q)
         try:
-            partition.check(self.served.num_layers)
+            Partition(hello.p, hello.q).check(self.served.num_layers)
         except InputError as error:
             raise HubError(ErrorCode.PARTITION, str(error)) from error
-        return Place(hello.p, partition.leave(self.served.num_layers))
+        return self.place(hello.p, hello.q)
+
+    def place(self, p: int, q: int) -> Place:
+        """Where the rows of an edge with this partition enter and leave."""
+        return Place(p, Partition(p, q).leave(self.served.num_layers))
 
     def version_error(self, low: int, high: int, software: str) -> m.Error:
         """Both versions, and what to do."""
@@ -100,17 +104,17 @@ class Desk:
         """The record of a fresh session."""
         return Replies()
 
-    def welcome(self, session: Session, version: int, round_: int) -> m.Welcome:
+    def welcome(self, session: Session, version: int, round_: int, durable: int) -> m.Welcome:
         """What a session is told at its start."""
         return m.Welcome(
             software=self.software,
             next=session.replies.next,
-            durable=self.applied.get(session.key, 0),
+            durable=durable,
             applied=session.applied,
             model_hash=self.served.hash,
             adapter_version=version if session.version is None else session.version,
             dtype=self.served.dtype,
-            credit_bytes=self.credit_bytes,
+            credit_bytes=self.credits.tell(session.account),
             round=round_,
             recipe=self.recipe,
         )
@@ -129,6 +133,12 @@ class Desk:
             rounds=self.recipe.rounds,
         )
 
+    @property
+    def largest_request(self) -> int:
+        """Bytes that no request can have more of: the states of the most rows of the longest sequence."""
+        states = _MOST_ROWS * self.served.max_positions * self.served.hidden_size * 4
+        return m.MAX_HEADER_BYTES + min(m.MAX_TENSOR_BYTES, states)
+
     # -- requests ------------------------------------------------------------------------------------
 
     def event_of(self, session: Session, request: int, message: m.AnyMessage) -> ev.Event | None:
@@ -137,11 +147,11 @@ class Desk:
             case m.StepForward():
                 return self._smashed(session, request, message)
             case m.StepBackward():
-                return ev.GradientReceived(session.number, request, message.step, message.grad_hidden)
+                return ev.GradientReceived(session.seat, request, message.step, message.grad_hidden)
             case m.Infer():
                 return self._infer(session, request, message)
             case m.AwaitRound():
-                return ev.RoundAwaited(session.number, request, message.round)
+                return ev.RoundAwaited(session.seat, request, message.round)
             case m.Upload() | m.Leave():
                 return None
             case _:
@@ -150,22 +160,24 @@ class Desk:
     def _smashed(self, session: Session, request: int, message: m.StepForward) -> ev.Event:
         if not session.train:
             raise HubError(ErrorCode.NO_SESSION, "this session does not train")
-        if message.step != session.applied:
+        if message.step not in (session.applied, session.applied - 1):
             raise HubError(
                 ErrorCode.BEHIND, f"step {message.step} was asked for, but the hub is at {session.applied} of this edge"
             )
         layout = self._layout(message.smashed, message.layout, 0)
         if message.tokens > layout.rows * layout.width:
             raise ProtocolError("more target tokens than positions")
-        item = StepItem(session.number, session.place, layout, message.tokens, message.smashed)
-        return ev.SmashedReceived(session.number, request, message.step, item)
+        item = StepItem(session.seat, session.place, layout, message.tokens, message.smashed)
+        again = message.step < session.forwarded
+        session.forwarded = max(session.forwarded, message.step + 1)
+        return ev.SmashedReceived(session.seat, request, message.step, item, item.digest() if again else b"")
 
     def _infer(self, session: Session, request: int, message: m.Infer) -> ev.Event:
         layout = self._layout(message.smashed, message.layout, message.past)
         if message.order and len(message.order) != layout.rows:
             raise ProtocolError("the row order names another number of rows than the tensor has")
         item = InferItem(
-            session.number,
+            session.seat,
             request,
             message.stream,
             session.place,
@@ -174,7 +186,7 @@ class Desk:
             message.order,
             message.smashed,
         )
-        return ev.InferReceived(session.number, request, item)
+        return ev.InferReceived(session.seat, request, item)
 
     def _layout(self, tensor: m.Tensor, ints: tuple[int, ...], past: int) -> Layout:
         if len(tensor.shape) != 3 or tensor.shape[2] != self.served.hidden_size:
@@ -184,7 +196,7 @@ class Desk:
             raise ProtocolError(f"a batch of {rows} x {width} cannot be served")
         if past + width > self.served.max_positions:
             raise ProtocolError(f"{past + width} positions are more than the model's {self.served.max_positions}")
-        return Layout.from_ints(ints, rows, past, width)
+        return Layout.from_ints(ints, rows, past, width, self.served.max_positions)
 
     # -- answers -------------------------------------------------------------------------------------
 
@@ -193,12 +205,12 @@ class Desk:
         answer = action.answer
         return m.StepHidden(action.step, answer) if isinstance(answer, m.Tensor) else refusal(answer)
 
-    def grad(self, action: act.AnswerBackward) -> m.AnyMessage:
-        """The reply to a StepBackward."""
+    def grad(self, action: act.AnswerBackward, checkpoint: int) -> m.AnyMessage:
+        """The reply to a StepBackward; `checkpoint`: the steps of this edge in the newest checkpoint begun."""
         answer = action.answer
         if not isinstance(answer, m.Tensor):
             return refusal(answer)
-        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), answer)
+        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), checkpoint, answer)
 
     def infer_hidden(self, action: act.AnswerInfer) -> m.AnyMessage:
         """The reply to an Infer."""
@@ -209,19 +221,14 @@ class Desk:
 
     def receive(self, session: Session, message: m.Upload) -> tuple[int, EdgeAdapter | None]:
         """Add a piece of an adapter file: bytes held so far, and the checked adapter when it is whole."""
-        if message.total > self._most_upload:
-            raise ProtocolError(f"an adapter of {message.total} bytes is larger than this model's can be")
-        reception = session.reception
-        if reception is None or (reception.round, reception.sha256) != (message.round, message.sha256):
-            reception = session.reception = Reception(message.round, message.total, message.sha256)
-        if message.offset == len(reception.data):
-            for chunk in message.data.chunks:
-                reception.data += chunk
-        if len(reception.data) < reception.total:
-            return len(reception.data), None
-        session.reception = None
-        data = bytes(reception.data)
-        if hashlib.sha256(data).hexdigest() != message.sha256:
-            raise ProtocolError("the uploaded adapter is damaged: upload it again")
+        if not session.train:
+            raise HubError(ErrorCode.NO_SESSION, "this session does not train")
+        received, data = self._receptions.take(session.key, message)
+        if data is None:
+            return received, None
         tensors = parse_upload(data, self._adapter)
-        return len(data), EdgeAdapter(session.number, session.place, message.tokens, tensors)
+        return received, EdgeAdapter(session.seat, session.place, message.tokens, tensors)
+
+    def round_over(self, round_: int) -> None:
+        """Forget the adapter files of closed rounds; `round_` is open. For the thread that calls `receive`."""
+        self._receptions.round_over(round_)

@@ -6,7 +6,7 @@ One thread owns an engine. It knows nothing of sockets, and nothing of why it is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -250,8 +250,9 @@ class Engine:
         """Go on training from these values; the optimizer's moments stay."""
         adapters.write(self._tuned.cut, adapter, _TRAIN)
 
-    def publish(self, version: int, adapter: Mapping[str, torch.Tensor], keep: set[int]) -> None:
+    def publish(self, version: int, adapter: Mapping[str, torch.Tensor], keep: Collection[int]) -> None:
         """Serve `adapter` as `version`; of the older versions only those in `keep` stay."""
+        keep = set(keep)
         for old in self._versions - keep - {version}:
             if old:
                 self._peft.delete_adapter(_version_name(old))
@@ -272,6 +273,11 @@ class Engine:
         self.set_trained(merged)
         self.layer_tokens = [0] * self.num_layers
         return merged
+
+    @property
+    def versions(self) -> set[int]:
+        """Adapter versions that are served; replaced as a whole, never changed, so any thread may look."""
+        return self._versions
 
     @property
     def names(self) -> LayerNames:

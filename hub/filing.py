@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import messaging.messages as m
+from blocks.planes import pack
 from hub.desk import Desk
 from hub.jobs import EdgeAdapter
 from hub.library import Library
@@ -51,15 +52,24 @@ class Filing:
     def _fetch(self, message: m.Fetch, done: Callable[[m.AnyMessage], None]) -> None:
         answer: m.AnyMessage
         try:
-            resource = self._library.open(message.resource)
-            data = resource.read(message.offset, message.length)
-            answer = m.Chunk(message.offset, resource.total, resource.sha256, m.Tensor("u8", (len(data),), _cut(data)))
+            answer = self._chunk(message)
         except FedseaError as fault:
             answer = refusal(fault, ErrorCode.NO_RESOURCE)
         except Exception as fault:  # whatever goes wrong with a file, its asker must not wait for ever
             self._journal.log(f"serving {message.resource} failed: {fault!r}")
             answer = error(ErrorCode.COMPUTE, _FAILED)
         self._in_loop(partial(done, answer))
+
+    def _chunk(self, message: m.Fetch) -> m.Chunk:
+        resource, element = self._library.open(message.resource), message.element
+        data = resource.read(message.offset, message.length)
+        with self._journal.task(f"hashing {message.resource}"):
+            sha256 = resource.sha256
+        packed = pack(data, element) if element else None
+        if packed is None:
+            packed, element = data, 0
+        tensor = m.Tensor("u8", (len(packed),), _cut(packed))
+        return m.Chunk(message.offset, resource.total, sha256, element, tensor)
 
     def _upload(
         self, session: Session, message: m.Upload, done: Callable[[m.AnyMessage, EdgeAdapter | None], None]

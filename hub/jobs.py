@@ -1,7 +1,11 @@
-"""What the compute thread is asked to do, and what it answers. Tensors are opaque to whoever passes these on."""
+"""What the compute thread is asked to do, and what it answers. Tensors are opaque to whoever passes these on.
+
+`session` is the seat of a session everywhere here (`hub.sessions`): it outlives a process of the edge.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +33,13 @@ class StepItem:
     layout: Layout
     tokens: int
     smashed: Tensor
+
+    def digest(self) -> bytes:
+        """Stands for everything that the answer depends on: equal for a repetition of the same step."""
+        sum_ = hashlib.sha256(repr((self.place, self.layout.to_ints(), self.tokens, self.smashed.shape)).encode())
+        for chunk in self.smashed.chunks:
+            sum_.update(chunk)
+        return sum_.digest()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What the hub serves to edges that have no copy of the model: its manifest, files, tensors, and adapters.
 
-    manifest          file/NAME          tensor/NAME          adapter/VERSION
+    manifest        file/NAME        tensor/NAME        adapter/VERSION        adapter/VERSION/P:Q
 
+The last is the part of an adapter that belongs to the layers of an edge with that partition.
 A name off the wire is looked up in a table and never used as a path. Any number of threads may read.
 """
 
@@ -16,13 +17,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
+from blocks.adapters import layer_of
 from blocks.manifest import make_manifest, model_hash, parse_manifest
+from blocks.partition import Partition
 from blocks.source import ModelFiles, RawSource
+from blocks.surgery import LayerNames, build_whole
 from blocks.weights import TensorInfo
+from hub.parts import Part
 from messaging.errors import ErrorCode, HubError, InputError
 
 _PIECE = 4 << 20
-_ADAPTER = re.compile(r"adapter/(0|[1-9][0-9]{0,14})")
+_ADAPTER = re.compile(r"(adapter/(0|[1-9][0-9]{0,14}))(?:/([1-9][0-9]{0,3}):(0|[1-9][0-9]{0,3}))?")
+#: Parts of adapters whose header and hash are kept.
+_PARTS_KEPT = 16
 
 
 class StoredAdapter(Protocol):
@@ -64,6 +73,10 @@ class Library:
         self.manifest = make_manifest(files)
         self.hash = model_hash(self.manifest)
         self._adapter = adapter
+        self._config = files.config
+        self._names: LayerNames | None = None
+        self._parts: dict[str, Part] = {}
+        self._parts_lock = threading.Lock()
         parts = parse_manifest(self.manifest)
         self._table: dict[str, Resource] = {"manifest": _Memory(self.manifest), "adapter/0": _Memory(initial)}
         for name, file in parts.files.items():
@@ -74,13 +87,44 @@ class Library:
     def open(self, resource: str) -> Resource:
         """What stands under this name. HubError NO_RESOURCE if nothing does."""
         found = self._table.get(resource)
-        version = _ADAPTER.fullmatch(resource)
-        if found is None and version is not None:
-            stored = self._adapter(int(version[1]))
-            found = None if stored is None else _File(stored.path, stored.bytes, stored.sha256)
+        adapter = _ADAPTER.fullmatch(resource)
+        if found is None and adapter is not None:
+            found = self._open_adapter(adapter[1], int(adapter[2]))
+            if found is not None and adapter[3] is not None:
+                found = self._part(resource, found, Partition(int(adapter[3]), int(adapter[4])))
         if found is None:
             raise HubError(ErrorCode.NO_RESOURCE, f"this hub serves nothing named {resource[:120]!r}")
         return found
+
+    def _open_adapter(self, name: str, version: int) -> Resource | None:
+        if name in self._table:
+            return self._table[name]
+        stored = self._adapter(version)
+        return None if stored is None else _File(stored.path, stored.bytes, stored.sha256)
+
+    def _part(self, name: str, whole: Resource, partition: Partition) -> Resource | None:
+        """The tensors that an edge of this partition hosts; None where no edge can have it."""
+        layers = self.layers
+        try:
+            partition.check(layers.count)
+        except InputError:
+            return None
+        with self._parts_lock:
+            part = self._parts.pop(name, None)
+            if part is None or part.whole_sha256 != whole.sha256:
+                first, last = partition.p, partition.leave(layers.count)
+                part = Part(whole, lambda tensor: not first <= layer_of(tensor, layers) < last)
+            self._parts[name] = part
+            while len(self._parts) > _PARTS_KEPT:
+                del self._parts[next(iter(self._parts))]
+            return part
+
+    @property
+    def layers(self) -> LayerNames:
+        """Where the model's layers stand."""
+        if self._names is None:
+            self._names = build_whole(self._config, torch.float32)[1]
+        return self._names
 
 
 class _Memory:

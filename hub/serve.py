@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-import math
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,18 +23,21 @@ from blocks.adapters import LoraSpec
 from blocks.device import pick_device
 from blocks.optimizer import Schedule
 from blocks.source import ModelFiles, open_model
+from hub.credits import Credits
 from hub.desk import Desk, Served
 from hub.engine import Engine, EngineSettings
 from hub.library import Library
-from hub.monitor import VIEW
+from hub.loading import load_engine
+from hub.membership import answers_from_tensors, notes_from_json
+from hub.monitor import VIEW, HubSnapshot
 from hub.scheduler.state import State
 from hub.server import Server
 from hub.store.checkpoints import Checkpoint
 from hub.store.files import write_bytes_atomic
 from hub.store.state import HubState, ModelInfo
 from hub.worker import Worker
-from messaging.access import Gatekeeper
-from messaging.console import Journal, LiveView
+from messaging.access import Gate
+from messaging.console import Journal, LiveView, plain_lines
 from messaging.errors import InputError
 from messaging.hub_transport import HubTransport
 from messaging.joining import HubAddress, JoinString
@@ -63,6 +67,7 @@ class Options:
     lora_alpha: float
     target_modules: tuple[str, ...]
     grace_s: float
+    checkpoint_s: float
     join_file: Path | None
     headless: bool
     seed: int
@@ -73,9 +78,10 @@ def serve(options: Options) -> str:
     with ExitStack() as owned:
         state = owned.enter_context(HubState.open(options.state, exclusive=True))
         journal = Journal()
-        journal.log("loading the model")
-        files = open_model(options.model or str(POCKET))
-        hub = owned.enter_context(_assemble(options, files, state, journal))
+        with plain_lines(journal, sys.stdout):
+            journal.log("loading the model")
+            files = open_model(options.model or str(POCKET))
+            hub = owned.enter_context(_assemble(options, files, state, journal))
         stopped: list[str] = []
 
         def stop(number: int, frame: object) -> None:
@@ -101,11 +107,16 @@ class Hub:
     state: HubState
     address: HubAddress
     recipe: Recipe
+    #: the snapshot that `status.json` was written of
+    _written: HubSnapshot | None = None
 
     def take_snapshot(self) -> Any:
         """For the live view; also what `hub status` shows."""
-        snapshot = replace(self.server.snapshot, endpoints=(f"{self.address.host}:{self.address.ctl}",))
-        self.state.write_status(asdict(snapshot))
+        found = self.server.snapshot
+        snapshot = replace(found, endpoints=(f"{self.address.host}:{self.address.ctl}",))
+        if found is not self._written:
+            self._written = found
+            self.state.write_status(asdict(snapshot))
         return snapshot
 
 
@@ -116,12 +127,13 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
     spec = adapters.make_spec(files.config, options.lora_rank, options.lora_alpha, options.target_modules)
     recipe = _recipe(options, spec)
     initial = adapters.initial(files.config, spec, options.seed)
-    library = Library(files, state.adapters.get, save_safetensors(initial))
+    with journal.task("reading a sample of every tensor"):
+        library = Library(files, state.adapters.get, save_safetensors(initial))
     _check_state(state, library.hash, recipe)
     point, warnings = state.checkpoints.load_latest()
     for warning in warnings:
         journal.log(warning)
-    engine = Engine(files.config, files.source, _settings(recipe, spec, dtype, device))
+    engine = load_engine(files, library.layers, _settings(recipe, spec, dtype, device), journal)
     published = _restore(engine, state, point, initial, journal)
     text_config = files.config.get_text_config()
     served = Served(
@@ -137,9 +149,9 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
     )
     desk = Desk(
         served, recipe, state.next_epoch(), _credits(), point.applied if point else {},
-        point.extra.get("round_tokens", {}) if point else {}, initial, f"fedsea {installed_version('fedsea')}",
+        point.extra["round_tokens"] if point else {}, initial, f"fedsea {installed_version('fedsea')}",
     )  # fmt: skip
-    with _listening(options, state) as (transport, address):
+    with _listening(options, state, journal) as (transport, address, gate):
         scheduler = _scheduler_state(recipe, point)
         server = Server(
             transport=transport,
@@ -150,27 +162,37 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
             desk=desk,
             journal=journal,
             grace_s=options.grace_s,
+            checkpoint_s=options.checkpoint_s,
+            check_gate=gate.check,
         )
+        if point is not None:
+            answered = answers_from_tensors(point.blobs, point.extra["answered"])
+            server.restore(notes_from_json(point.extra["members"]), answered, point.extra["gathered"])
         yield Hub(server, state, address, recipe)
 
 
 @contextmanager
-def _listening(options: Options, state: HubState) -> Iterator[tuple[HubTransport, HubAddress]]:
+def _listening(options: Options, state: HubState, journal: Journal) -> Iterator[tuple[HubTransport, HubAddress, Gate]]:
+    _raise_descriptor_limit()
+    if state.adopt_next_keys():
+        journal.log("the hub has the key now that `hub rotate-key` made")
     keys = state.keys()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    gatekeeper = Gatekeeper(context, state.access)
+    gate = Gate(context, state.access, state.refused_at_the_handshake)
     try:
-        transport = HubTransport(context, keys, options.listen)
+        transport = HubTransport(context, keys, options.listen, approvals=gate.approvals)
         try:
             ports = transport.ports
             host = options.advertise or _reachable_host(options.listen)
             address = HubAddress(host, ports[Channel.CTL], ports[Channel.BULK], ports[Channel.ENROL], keys.public)
             state.set_address(address)
-            yield transport, address
+            state.audit.write("hub started", key=keys.public, reason=f"at {host}, port {address.ctl}")
+            yield transport, address, gate
+            state.audit.write("hub stopped", key=keys.public)
         finally:
             transport.close()
     finally:
-        gatekeeper.stop()
+        gate.stop()
         context.term()
 
 
@@ -196,15 +218,18 @@ def _restore(
         return initial
     engine.set_trained(point.adapter)
     engine.optimizer.load(dict(point.optimizer))
-    engine.layer_tokens = list(point.extra.get("layer_tokens", engine.layer_tokens))
+    engine.layer_tokens = list(point.extra["layer_tokens"])
     state.adapters.rewind(point.version)
     published = initial
     if point.version:
-        latest = state.adapters.latest()
-        if latest is None or latest.version != point.version:
+        kept = state.adapters.kept()
+        if not kept or kept[0].version != point.version:
             raise InputError(f"the published adapter version {point.version} is missing in {state.folder}/adapters")
-        published = latest.tensors()
-        engine.publish(point.version, published, set())
+        published = kept[0].tensors()
+        # The older ones too: generations that began with them go on.
+        for old in reversed(kept[1:]):
+            engine.publish(old.version, old.tensors(), engine.versions)
+        engine.publish(point.version, published, engine.versions)
     journal.log(f"going on from the checkpoint at step {point.hub_step}, round {point.round}")
     return published
 
@@ -271,9 +296,15 @@ def _kv_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // 4
 
 
-def _credits() -> int:
-    """Bytes that one edge may have unanswered: a sixteenth of a quarter of memory, at most 256 MiB."""
-    return min(256 << 20, math.floor(psutil.virtual_memory().available / 64))
+def _credits() -> Credits:
+    """A quarter of the memory that is free for the bytes in work of all edges."""
+    return Credits(psutil.virtual_memory().available // 4)
+
+
+def _raise_descriptor_limit() -> None:
+    """Two descriptors an edge: as many as the system lets this process have, not what is usual."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _reachable_host(listen: str) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from safetensors import SafetensorError, deserialize
 
 from blocks import adapters
 from hub.aggregate import Contribution
 from hub.engine import Engine
-from hub.jobs import EdgeAdapter
+from hub.jobs import EdgeAdapter, StepItem
+from hub.membership import Answered, MemberNote, answers_to_tensors, notes_to_json
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.store.checkpoints import Checkpoint
@@ -25,8 +26,11 @@ from messaging.messages import Recipe
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint needs to know besides tensors; `applied` counts steps by edge key, `round_tokens` the
-    target tokens of the open round."""
+    """What a checkpoint needs to know besides tensors.
+
+    `applied` counts steps by edge key, `round_tokens` the target tokens of the open round. `gathered`: the cohort
+    has begun. `answered`: answers that edges may not have heard; only a hub that stops keeps them.
+    """
 
     hub_step: int
     round: int
@@ -34,17 +38,33 @@ class Progress:
     version: int
     applied: Mapping[str, int]
     round_tokens: Mapping[str, int]
+    members: tuple[MemberNote, ...]
+    gathered: bool
+    answered: tuple[Answered, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    """A checkpoint is safe on the disk; it holds so many steps of each edge, by key."""
+
+    applied: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The compute thread died of an exception; the hub cannot go on."""
+    """The compute thread, or the one that writes checkpoints, died of an exception; the hub cannot go on."""
 
     error: BaseException
 
 
+Report = ev.Event | CheckpointWritten | Failure
+
+
 class Worker:
-    """Runs compute actions in a thread of its own; `report` is called there with the event that follows."""
+    """Runs compute actions in a thread of its own; `report` is called there with the event that follows.
+
+    Checkpoints are copied between two actions, and written by another thread meanwhile.
+    """
 
     def __init__(
         self,
@@ -52,7 +72,7 @@ class Worker:
         state: HubState,
         recipe: Recipe,
         published: Mapping[str, torch.Tensor],
-        report: Callable[[ev.Event | Failure], None],
+        report: Callable[[Report], None],
     ) -> None:
         self.engine = engine
         self._state = state
@@ -61,6 +81,7 @@ class Worker:
         self._report = report
         self._jobs: queue.SimpleQueue[tuple[act.Compute, Progress, set[int]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
 
     def start(self) -> None:
         """Begin to take jobs."""
@@ -75,6 +96,13 @@ class Worker:
         self._jobs.put(None)
         self._thread.join()
 
+    def finish(self, progress: Progress) -> None:
+        """After `stop`: write the last checkpoint, and end the thread that writes. StoreError if it fails."""
+        try:
+            self._save(progress).result()
+        finally:
+            self._writer.shutdown()
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
@@ -87,7 +115,7 @@ class Worker:
     def _carry_out(self, action: act.Compute, progress: Progress, pinned: set[int]) -> ev.Event:
         match action:
             case act.RunForward():
-                return ev.ForwardDone(self.engine.step_forward([item for _, item in action.payloads]))  # type: ignore[misc]
+                return self._forward(action, progress)
             case act.RunBackward():
                 return ev.BackwardDone(self.engine.step_backward(action.gradients))
             case act.RunInfer():
@@ -104,12 +132,22 @@ class Worker:
                         self.engine.close_session(session)
                 return ev.HousekeepingDone()
 
+    def _forward(self, action: act.RunForward, progress: Progress) -> ev.Event:
+        if action.checkpoint:
+            self._save(progress)
+        items = [item for _, item in action.payloads if isinstance(item, StepItem)]
+        answers = self.engine.step_forward(items)
+        return ev.ForwardDone(answers, {item.session: item.digest() for item in items})
+
     def _close_round(self, action: act.CloseRound, progress: Progress, pinned: set[int]) -> ev.Event:
         parts = [self._contribution(upload) for upload in action.uploads if isinstance(upload, EdgeAdapter)]
         merged = self.engine.close_round(self._published, parts)
         self._state.adapters.publish(action.version, action.round + 1, merged, self._recipe, pinned)
-        closed = Progress(progress.hub_step, action.round + 1, 0, action.version, progress.applied, {})
-        self.save(closed)
+        members = tuple(replace(note, contributes=False) for note in progress.members)
+        closed = Progress(
+            progress.hub_step, action.round + 1, 0, action.version, progress.applied, {}, members, gathered=True
+        )
+        self._save(closed).result()
         self.engine.publish(action.version, merged, pinned)
         self._published = merged
         return ev.RoundPublished(action.version)
@@ -123,32 +161,51 @@ class Worker:
         }
         return Contribution(mine, dict.fromkeys(mine, upload.tokens))
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint of B's adapter and optimizer. Call from here, or when the thread has ended."""
-        self._state.checkpoints.save(
-            Checkpoint(
-                hub_step=progress.hub_step,
-                round=progress.round,
-                round_step=progress.round_step,
-                version=progress.version,
-                applied=progress.applied,
-                adapter=self.engine.trained(),
-                optimizer=self.engine.optimizer.state(),
-                extra={"layer_tokens": self.engine.layer_tokens, "round_tokens": dict(progress.round_tokens)},
-            )
+    def _save(self, progress: Progress) -> Future[None]:
+        """Copy B's adapter and optimizer as they are now, and have them written."""
+        blobs, answered = answers_to_tensors(progress.answered)
+        checkpoint = Checkpoint(
+            hub_step=progress.hub_step,
+            round=progress.round,
+            round_step=progress.round_step,
+            version=progress.version,
+            applied=progress.applied,
+            adapter=self.engine.trained(),
+            optimizer=self.engine.optimizer.state(),
+            extra={
+                "layer_tokens": list(self.engine.layer_tokens),
+                "round_tokens": dict(progress.round_tokens),
+                "members": notes_to_json(progress.members),
+                "gathered": progress.gathered,
+                "answered": answered,
+            },
+            blobs=blobs,
         )
+        return self._writer.submit(self._write, checkpoint)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._state.checkpoints.save(checkpoint)
+        except BaseException as error:
+            self._report(Failure(error))
+            raise
+        self._report(CheckpointWritten(checkpoint.applied))
 
 
 def parse_upload(data: bytes, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An edge's adapter file, checked: known names, float32, right shapes, finite. Raises ProtocolError."""
     try:
-        tensors = load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ProtocolError(f"the uploaded adapter is no safetensors file: {error}") from error
-    for name, value in tensors.items():
+        parts = deserialize(data)
+    except (SafetensorError, ValueError) as error:
+        raise ProtocolError(f"the uploaded adapter is no safetensors file: {str(error)[:200]!r}") from error
+    tensors = {}
+    # Names, shapes and dtypes are held against ours before any tensor is made of them.
+    for name, part in parts:
         want = expected.get(name)
-        if want is None or value.shape != want.shape or value.dtype != torch.float32:
+        if want is None or list(part["shape"]) != list(want.shape) or part["dtype"] != "F32":
             raise ProtocolError(f"the uploaded adapter holds {name[:200]!r}, which does not fit this model and rank")
+        value = torch.frombuffer(bytearray(part["data"]), dtype=torch.float32).view(want.shape)
         if not bool(torch.isfinite(value).all()):
             raise ProtocolError(f"the uploaded adapter holds values in {name} that are not finite")
+        tensors[name] = value
     return tensors

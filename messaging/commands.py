@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from messaging.console.figures import printable
 from messaging.errors import FedseaError
 
 #: Ctrl-C, as shells count it.
@@ -26,7 +27,8 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except FedseaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # The text may have come off the wire; no escape sequence in it may steer the terminal.
+        print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)

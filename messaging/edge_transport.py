@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from messaging.joining import HubAddress
 from messaging.keys import KeyPair
+from messaging.knock import Knocker
 from messaging.sockets import PORTION, Context, Socket, Waker, milliseconds, readable, set_common_options
 from messaging.transport import (
     Buffer,
@@ -19,6 +23,7 @@ from messaging.transport import (
     Disconnected,
     FailReason,
     LinkEvent,
+    Reachable,
     Traffic,
     wire_bytes,
 )
@@ -26,6 +31,8 @@ from messaging.transport import (
 _RECONNECT_MS = 250
 _RECONNECT_MOST_MS = 10_000
 _CONNECT_MS = 5_000
+#: How long a dial may go without an answer before it is worth while to look for the hub beside it.
+_KNOCK_AFTER_S = 0.5
 _WATCHED = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -55,6 +62,8 @@ class Connection:
         self.monitor: Socket = self.sock.get_monitor_socket(_WATCHED)
         self._up = False
         self._answered = False
+        #: a dial is under way, or about to be, and nothing has answered yet
+        self.dialling = True
         self.sock.connect(hub.endpoint(channel))
 
     def receive(self) -> list[list[Buffer]]:
@@ -105,12 +114,13 @@ class Connection:
                 silent = value == errno.EAGAIN
                 return ConnectFailed(self.channel, FailReason.UNREACHABLE if silent else FailReason.WRONG_HUB_KEY)
             case zmq.EVENT_CONNECTED:
-                self._answered = True
+                self._answered, self.dialling = True, False
             case zmq.EVENT_CONNECT_RETRIED:
+                self.dialling = True
                 answered, self._answered = self._answered, False
                 return None if answered else ConnectFailed(self.channel, FailReason.UNREACHABLE)
             case zmq.EVENT_DISCONNECTED if self._up:
-                self._up = False
+                self._up, self.dialling = False, True
                 return Disconnected(self.channel)
         return None
 
@@ -120,7 +130,8 @@ class EdgeTransport:
 
     CTL is dialled at once, BULK when something is sent on it for the first time. Enrolment goes through
     `enrol.py` instead. A lost connection is dialled again every 0.25 s to 10 s, but a refused key
-    (ConnectFailed with NOT_ENROLLED or HUB_TROUBLE) ends its socket for good: `reset` makes new ones.
+    (ConnectFailed with NOT_ENROLLED or HUB_TROUBLE) ends its socket for good: `reset` makes new ones. While
+    nothing answers at all, a `Knocker` finds out sooner than those dials that the hub is there again.
     """
 
     def __init__(self, hub: HubAddress, keys: KeyPair) -> None:
@@ -131,6 +142,10 @@ class EdgeTransport:
         self._waker = Waker()
         self._events: list[LinkEvent] = []
         self._connections: dict[Channel, Connection] = {}
+        self._knocker: Knocker | None = None
+        #: since when CTL is dialled without an answer, and how long to leave that alone
+        self._dialling_since = math.inf
+        self._knock_after_s = _KNOCK_AFTER_S
         self._start()
 
     def poll(self, timeout_s: float) -> list[tuple[Channel, list[Buffer]]]:
@@ -146,6 +161,7 @@ class EdgeTransport:
                 arrived += [(channel, frames) for frames in connection.receive()]
         for _, frames in arrived:
             self.traffic.received += wire_bytes(frames)
+        self._knock()
         return arrived
 
     def send(self, channel: Channel, frames: Sequence[Buffer]) -> bool:
@@ -175,8 +191,13 @@ class EdgeTransport:
         self._hang_up()
         self._start()
 
+    def use_key(self, hub_key: str) -> None:
+        """See `EdgeSide.use_key`."""
+        self._hub = replace(self._hub, key=hub_key)
+
     def close(self) -> None:
         """See `EdgeSide.close`."""
+        self._stop_knocking()
         self._hang_up()
         self._waker.close()
         self._context.term()
@@ -185,6 +206,27 @@ class EdgeTransport:
         self._poller = zmq.Poller()
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         self._open(Channel.CTL)
+
+    def _knock(self) -> None:
+        """Look for the hub by other means while CTL's dial gets no answer; `Reachable` when it is there."""
+        if not self._connections[Channel.CTL].dialling:
+            self._dialling_since, self._knock_after_s = math.inf, _KNOCK_AFTER_S
+            self._stop_knocking()
+        elif self._knocker is None:
+            now = time.monotonic()
+            self._dialling_since = min(self._dialling_since, now)
+            if now >= self._dialling_since + self._knock_after_s:
+                self._knocker = Knocker(self._hub.host, self._hub.ctl, self.wake)
+        elif self._knocker.accepted:
+            # Should the dial that follows fail all the same, it is given its time.
+            self._stop_knocking()
+            self._dialling_since, self._knock_after_s = math.inf, _CONNECT_MS / 1000
+            self._events.append(Reachable())
+
+    def _stop_knocking(self) -> None:
+        if self._knocker is not None:
+            self._knocker.stop()
+            self._knocker = None
 
     def _open(self, channel: Channel) -> None:
         connection = Connection(self._context, self._hub, self._keys, channel)
@@ -196,3 +238,4 @@ class EdgeTransport:
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
+        self._events.clear()

@@ -84,6 +84,8 @@ class ErrorCode(IntEnum):
     SHUTDOWN = 18
     COMPUTE = 19
     BEHIND = 20
+    FULL = 21
+    LATER = 22
 
 
 class HubError(FedseaError):
@@ -98,6 +100,13 @@ class HubError(FedseaError):
         self.code = code
         self.detail = detail
         self.exit_code = _EXIT_CODES.get(code, 4)
+
+
+class ForeignSession(HubError):
+    """A message names a session that belongs to the key of another edge."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorCode.NO_SESSION, "this session belongs to another edge: every edge opens its own")
 
 
 _EXIT_CODES = {

@@ -17,9 +17,11 @@ from messaging.messages import (
     Hello,
     Infer,
     InferHidden,
+    KeyReplaced,
     Leave,
     Message,
     Published,
+    ReplaceKey,
     StepBackward,
     StepForward,
     StepGrad,
@@ -41,9 +43,10 @@ ANSWERS: dict[type[Message], type[Message]] = {
     Upload: UploadAck,
     AwaitRound: Published,
     Infer: InferHidden,
+    ReplaceKey: KeyReplaced,
 }
 #: Requests that need no session; all others go out with a session's number and epoch.
-WITHOUT_SESSION = (Describe, Fetch, Hello)
+WITHOUT_SESSION = (Describe, Fetch, Hello, ReplaceKey)
 _CTL_BYTES = 64 * 1024
 
 

@@ -39,6 +39,17 @@ ENVELOPE = schema_of(Envelope).scalars
 _ENVELOPE_AT = 2
 _TENSORS_AT = _ENVELOPE_AT + len(ENVELOPE)
 _SCALARS_AT = _TENSORS_AT + 1
+#: What msgpack may find in a header; the longest text is 2048 characters of 4 bytes.
+_LIMITS = {
+    "raw": False, "use_list": False, "strict_map_key": True, "max_str_len": 8192, "max_bin_len": 64, "max_map_len": 0,
+    "max_ext_len": 0,
+}  # fmt: skip
+_MOST_ITEMS = 4096
+#: The header's own array, its tensors or a recipe, and what those hold.
+_DEPTH = 3
+_ARRAY_HEADS = frozenset(bytes([code]) for code in (*range(0x90, 0xA0), 0xDC, 0xDD))
+#: A header with more bytes of these values than this may be made of arrays of arrays.
+_MANY_ARRAYS = 8
 _DTYPE_OF_CODE = {code: (name, size) for name, (code, size) in DTYPES.items()}
 
 
@@ -62,7 +73,10 @@ def encode(packet: Packet) -> list[Buffer]:
         chunks += _frames_of(tensor)
     header.append(described)
     header += [codec.write(getattr(message, codec.name)) for codec in schema.scalars]
-    packed = msgpack.packb(header)
+    try:
+        packed = msgpack.packb(header)
+    except UnicodeEncodeError:
+        raise ProtocolError(f"{type(message).__name__}: holds text that is no Unicode") from None
     if len(packed) > MAX_HEADER_BYTES:
         name = type(message).__name__
         raise ProtocolError(f"the header of {name} has {len(packed)} bytes, at most {MAX_HEADER_BYTES}")
@@ -121,22 +135,16 @@ def decode(frames: Sequence[Buffer], expect: Set[int]) -> Packet:
     return Packet(cast(AnyMessage, schema.cls(*values)), envelope)
 
 
-def _unpack(header: Buffer) -> tuple[object, ...]:
+def _unpack(frame: Buffer) -> tuple[object, ...]:
     """The header's fields, at least `_SCALARS_AT` of them, of our own protocol version."""
-    if len(header) > MAX_HEADER_BYTES:
-        raise ProtocolError(f"header: {len(header)} bytes, at most {MAX_HEADER_BYTES}")
+    if len(frame) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header: {len(frame)} bytes, at most {MAX_HEADER_BYTES}")
+    header = bytes(frame)
     try:
-        fields = msgpack.unpackb(
-            header,
-            raw=False,
-            use_list=False,
-            strict_map_key=True,
-            max_str_len=8192,
-            max_bin_len=64,
-            max_array_len=4096,
-            max_map_len=0,
-            max_ext_len=0,
-        )
+        if header.count(b"\xdc") + header.count(b"\xdd") > _MANY_ARRAYS:
+            fields = _read_carefully(header)
+        else:
+            fields = msgpack.unpackb(header, **_LIMITS, max_array_len=_MOST_ITEMS)
     except (ValueError, msgpack.UnpackException) as error:
         _check_version(_first_field(header))
         raise ProtocolError(f"header: not readable as msgpack within its limits ({type(error).__name__})") from None
@@ -148,9 +156,32 @@ def _unpack(header: Buffer) -> tuple[object, ...]:
     return fields
 
 
-def _first_field(header: Buffer) -> object:
+def _read_carefully(header: bytes) -> object:
+    """As unpackb, but arrays inside of arrays are followed to the depth of our messages only.
+
+    unpackb makes room for every array as soon as it is announced: 3 KB of array heads in one another, 33 MB.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES, **_LIMITS, max_array_len=0)
+    unpacker.feed(header)
+
+    def value(depth: int) -> object:
+        at = unpacker.tell()
+        if header[at : at + 1] not in _ARRAY_HEADS:
+            return unpacker.unpack()
+        count = unpacker.read_array_header()
+        if depth == 0 or count > min(_MOST_ITEMS, len(header) - at):
+            raise ValueError("an array too deep or too long")
+        return tuple([value(depth - 1) for _ in range(count)])
+
+    fields = value(_DEPTH)
+    if unpacker.tell() != len(header):
+        raise ValueError("more than one value")
+    return fields
+
+
+def _first_field(header: bytes) -> object:
     """The first element of an array whose other elements cannot be read; None if that cannot be either."""
-    unpacker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES, max_str_len=64, max_map_len=0, max_array_len=4096)
+    unpacker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES, max_str_len=64, max_map_len=0, max_array_len=0)
     try:
         unpacker.feed(header)
         return unpacker.unpack() if unpacker.read_array_header() else None

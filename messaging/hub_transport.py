@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import zmq
 
-from messaging.access import EDGE_DOMAIN, ENROL_DOMAIN
+from messaging.access import EDGE_DOMAIN, ENROL_DOMAIN, Approval
+from messaging.connections import can_count
 from messaging.errors import InputError
 from messaging.keys import KeyPair
 from messaging.messages import MAX_FRAME_BYTES, MAX_TENSOR_BYTES
 from messaging.sockets import PORTION, Context, Socket, Waker, milliseconds, readable, set_common_options
-from messaging.transport import Arrival, Buffer, Channel, Route, SendResult, Traffic, wire_bytes
+from messaging.transport import Allowance, Arrival, Buffer, Channel, Offence, Route, SendResult, Traffic, wire_bytes
+from messaging.watch import Watch
 
 _BACKLOG = 1024
 
@@ -24,7 +26,8 @@ class HubTransport:
 
     Start a `Gatekeeper` on `context` first. `listen` is tcp://HOST:PORT; the channels take PORT, PORT + 1
     and PORT + 2, or three free ports for PORT 0. A message of more than `max_frames` frames is thrown away
-    and arrives with no frames at all, so that its sender can be held to account.
+    and arrives with no frames at all, so that its sender can be held to account. `approvals` gives the
+    gatekeeper's, so that `look` can name who never said anything.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class HubTransport:
         keys: KeyPair,
         listen: str,
         max_frames: int = 1 + MAX_TENSOR_BYTES // MAX_FRAME_BYTES,
+        approvals: Callable[[], Iterable[Approval]] = tuple,
     ) -> None:
         host, port = _parse_listen(listen)
         self.traffic = Traffic()
@@ -41,9 +45,13 @@ class HubTransport:
         self._sockets: dict[Channel, Socket] = {}
         self._poller = zmq.Poller()
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        self.watches = can_count()
+        for channel in Channel:
+            self._sockets[channel] = context.socket(zmq.ROUTER)
+        self._watch = Watch(context, self._sockets, approvals) if self.watches else None
         try:
             for channel in Channel:
-                self._bind(context, keys, channel, f"tcp://{host}:{port + channel if port else 0}")
+                self._bind(keys, channel, f"tcp://{host}:{port + channel if port else 0}")
         except InputError:
             self.close()
             raise
@@ -79,8 +87,23 @@ class HubTransport:
             if error.errno != errno.EHOSTUNREACH:
                 raise
             return SendResult.GONE
-        self.traffic.sent += wire_bytes(frames)
+        size = wire_bytes(frames)
+        self.traffic.sent += size
+        if self._watch is not None:
+            self._watch.sent(route, size)
         return SendResult.SENT
+
+    def unread(self, route: Route, most: int) -> int:
+        """See `HubSide.unread`."""
+        return self._watch.unread(route, most) if self._watch is not None else 0
+
+    def cut(self, route: Route) -> str | None:
+        """See `HubSide.cut`."""
+        return self._watch.cut(route) if self._watch is not None else None
+
+    def look(self, allowance: Allowance) -> list[Offence]:
+        """See `HubSide.look`."""
+        return self._watch.look(allowance) if self._watch is not None else []
 
     def wake(self) -> None:
         """See `HubSide.wake`."""
@@ -88,12 +111,15 @@ class HubTransport:
 
     def close(self) -> None:
         """See `HubSide.close`."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         for sock in self._sockets.values():
             sock.close()
         self._waker.close()
 
-    def _bind(self, context: Context, keys: KeyPair, channel: Channel, endpoint: str) -> None:
-        sock = self._sockets[channel] = context.socket(zmq.ROUTER)
+    def _bind(self, keys: KeyPair, channel: Channel, endpoint: str) -> None:
+        sock = self._sockets[channel]
         set_common_options(sock, channel)
         sock.setsockopt(zmq.IPV6, int("[" in endpoint))
         sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -121,20 +147,24 @@ class HubTransport:
     def _receive_one(self, channel: Channel, sock: Socket) -> Arrival:
         """One message. Its tensor frames stay where libzmq put them; the header is copied."""
         first = sock.recv(copy=False)
+        routing_id = first.bytes
         frames: list[Buffer] = []
-        count = 0
+        count = size = 0
         more = first.more
         while more:
             frame = sock.recv(copy=False)
             more = frame.more
             count += 1
+            size += wire_bytes((frame.buffer,))
             if count <= self._max_frames:
                 frames.append(frame.buffer if frames else frame.bytes)
-        self.traffic.received += wire_bytes(frames)
+        self.traffic.received += size
+        if self._watch is not None:
+            self._watch.delivered(channel, routing_id, first, size)
         if count > self._max_frames:
             self.traffic.dropped += 1
             frames = []
-        return Arrival(str(first["User-Id"]), Route(channel, first.bytes), frames)
+        return Arrival(str(first["User-Id"]), Route(channel, routing_id, str(first["Peer-Address"])), frames)
 
 
 def _parse_listen(listen: str) -> tuple[str, int]:

@@ -22,6 +22,8 @@ from messaging.transport import Channel
 _PREFIX = "fedsea1:"
 _TOKEN_BYTES = 16
 _MOST_CHARACTERS = 1024
+#: Read of a file, blank lines around the join string included: it may be a device without an end.
+_MOST_IN_FILE = 16 * 1024
 _HOST = re.compile(r"[0-9A-Za-z]([0-9A-Za-z._-]{0,252})|[0-9A-Fa-f:.]{2,45}(%[0-9A-Za-z]+)?")
 
 
@@ -92,13 +94,16 @@ def read_join(argument: str) -> JoinString:
     """A join string as given on the command line: the text itself, or `@FILE` with the text in it."""
     if not argument.startswith("@"):
         return JoinString.parse(argument)
-    path = Path(argument[1:]).expanduser()
+    name = argument[1:]
     try:
-        content = path.read_text("ascii")
+        with Path(name).expanduser().open(encoding="ascii") as file:
+            content = file.read(_MOST_IN_FILE)
     except OSError as error:
-        raise InputError(f"cannot read the join string from {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise InputError(f"{path} does not hold a join string") from None
+        raise InputError(f"cannot read the join string from {name}: {error.strerror}") from error
+    except RuntimeError:
+        raise InputError(f"cannot read the join string from {name}: there is no such user's home") from None
+    except ValueError:  # not ASCII, or a name that no file can have
+        raise InputError(f"{name!r} does not hold a join string") from None
     return JoinString.parse(content)
 
 

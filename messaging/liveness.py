@@ -7,6 +7,24 @@ import random
 
 _SHORTEST_S = 5.0
 _MISSES = 3
+_QUIET_PINGS = 2
+#: How much later than expected a ping may come before it counts as missed.
+_LATE_S = 1.0
+
+
+def interval_s(edges: int) -> float:
+    """Seconds between an edge's pings, at most, with so many edges at the hub."""
+    return max(_SHORTEST_S, edges / 200 + 1)
+
+
+def quiet_s(edges: int) -> float:
+    """Seconds without a sign of life that are odd, with so many edges at the hub."""
+    return _QUIET_PINGS * interval_s(edges)
+
+
+def edge_silent_s(edges: int) -> float:
+    """Seconds after which a hub with so many edges calls one of them silent: its pings, the last but just missed."""
+    return _MISSES * interval_s(edges) + _LATE_S
 
 
 class Liveness:
@@ -21,9 +39,14 @@ class Liveness:
         self._unanswered = 0
         self._dead_at = math.inf
 
+    @property
+    def quiet_s(self) -> float:
+        """Seconds without a sign of life from which on the hub is called silent: two pings' answers are missing."""
+        return _QUIET_PINGS * self._interval
+
     def resize(self, edges: int) -> None:
         """The hub has `edges` edges now (its Pong says so)."""
-        self._interval = max(_SHORTEST_S, edges / 200 + 1)
+        self._interval = interval_s(edges)
 
     def heard(self) -> None:
         """Something came from the hub, whatever it was."""

@@ -3,7 +3,7 @@
     hub = MemoryHub()
     edge = hub.connect("the edge's key")
 
-Its links never fill up and lose nothing, unless a test cuts them: `hub.cut(key)`.
+Its links never fill up and lose nothing, unless they are cut: `hub.cut_off(key)`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from messaging.transport import (
+    Allowance,
     Arrival,
     Buffer,
     Channel,
     Connected,
     Disconnected,
     LinkEvent,
+    Offence,
     Route,
     SendResult,
     Traffic,
@@ -64,6 +66,8 @@ def _frozen(frames: Sequence[Buffer]) -> list[Buffer]:
 class MemoryHub:
     """The hub's side; see `HubSide`."""
 
+    watches = False
+
     def __init__(self) -> None:
         self.traffic = Traffic()
         self._inbox: _Inbox[Arrival] = _Inbox()
@@ -74,7 +78,14 @@ class MemoryHub:
         """A new edge that the hub sees under this key."""
         return MemoryEdge(self, key)
 
-    def cut(self, key: str) -> None:
+    def cut(self, route: Route) -> str | None:
+        edge = self._edges.get(route.routing_id)
+        if edge is None:
+            return None
+        edge.redial()
+        return edge.key
+
+    def cut_off(self, key: str) -> None:
         """End the connections of `key` as a broken link does: old routes are gone, new ones are there."""
         for edge in {edge for edge in self._edges.values() if edge.key == key}:
             edge.redial()
@@ -92,6 +103,12 @@ class MemoryHub:
         self.traffic.sent += wire_bytes(frames)
         edge.inbox.put((route.channel, _frozen(frames)))
         return SendResult.SENT
+
+    def unread(self, route: Route, most: int) -> int:
+        return 0
+
+    def look(self, allowance: Allowance) -> list[Offence]:
+        return []
 
     def wake(self) -> None:
         self._inbox.wake()
@@ -157,6 +174,9 @@ class MemoryEdge:
             self._hub.forget(routing_id)
             self._events.append(Disconnected(channel))
             self._open(channel)
+
+    def use_key(self, hub_key: str) -> None:
+        """Nothing is encrypted in here."""
 
     def reset(self) -> None:
         self.close()

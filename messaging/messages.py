@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 #: Request ids from here on are not numbered in order: those requests may be repeated without harm.
 UNORDERED_BASE = 1 << 31
@@ -36,6 +36,7 @@ class Limit:
 Name = Annotated[str, Limit(128)]
 Text = Annotated[str, Limit(2048)]
 Hash = Annotated[str, Limit(64)]
+Key = Annotated[str, Limit(40)]
 Count = Annotated[int, Limit((1 << 53) - 1)]
 Signed = Annotated[int, Limit((1 << 53) - 1, -1)]
 Flag = Annotated[int, Limit(1)]
@@ -131,6 +132,33 @@ class Enrolled(Message):
     name: Name
 
 
+# --- keys, on a connection that the present key has proved ---------------------------------------
+
+
+@dataclass(frozen=True)
+class ReplaceKey(Message):
+    """E: from now on this edge has the public key `key` (Z85). The key of this connection goes off the list."""
+
+    kind: ClassVar[int] = 25
+    key: Key
+
+
+@dataclass(frozen=True)
+class KeyReplaced(Message):
+    """H: the new key is on the allow-list under this name, the old one is not."""
+
+    kind: ClassVar[int] = 26
+    name: Name
+
+
+@dataclass(frozen=True)
+class NextHubKey(Message):
+    """H: from its next start on the hub has the public key `key` (Z85). Sent unasked, ahead of other answers."""
+
+    kind: ClassVar[int] = 27
+    key: Key
+
+
 # --- without a session ----------------------------------------------------------------------
 
 
@@ -161,22 +189,26 @@ class Description(Message):
 
 @dataclass(frozen=True)
 class Fetch(Message):
-    """E: bytes of something that the hub serves: `manifest`, `file/NAME`, `tensor/NAME`, `adapter/VERSION`."""
+    """E: bytes of something that the hub serves: `manifest`, `file/NAME`, `tensor/NAME`, `adapter/VERSION`, or
+    `adapter/VERSION/P:Q`, the part for an edge of that partition. `element` not 0: they are numbers of so many
+    bytes, and may come packed (`blocks.planes`)."""
 
     kind: ClassVar[int] = 5
     resource: Annotated[str, Limit(512)]
     offset: Count
     length: Annotated[int, Limit(8 << 20)]
+    element: Annotated[int, Limit(8)]
 
 
 @dataclass(frozen=True)
 class Chunk(Message):
-    """H: `data` (u8) stands at `offset` of a resource of `total` bytes."""
+    """H: `data` (u8) stands at `offset` of a resource of `total` bytes and this hash. `element` not 0: it is packed."""
 
     kind: ClassVar[int] = 6
     offset: Count
     total: Count
     sha256: Hash
+    element: Annotated[int, Limit(8)]
     data: Tensor
 
 
@@ -196,7 +228,8 @@ class Ping(Message):
 
 @dataclass(frozen=True)
 class Pong(Message):
-    """H: alive; what the edge's screen shows of the hub. Answered by the thread that does the work."""
+    """H: alive; what the edge's screen shows of the hub. `busy_s`: for how many seconds the computation under way
+    has gone on, if that is unusually long; else 0. (The thread that answers is not the one that computes.)"""
 
     kind: ClassVar[int] = 8
     joined: Count
@@ -206,6 +239,7 @@ class Pong(Message):
     adapter_version: Count
     queue: Count
     stopping: Flag
+    busy_s: Count
 
 
 # --- sessions -------------------------------------------------------------------------------
@@ -215,8 +249,8 @@ class Pong(Message):
 class Hello(Message):
     """E: open a session, or resume one. `train` 1 joins the cohort, 0 only generates.
 
-    `model_hash` may be empty (take the hub's); `lora_rank` 0 takes the hub's; `steps_done` is the number
-    of steps of this edge that it holds the results of.
+    `model_hash` may be empty (take the hub's); `lora_rank` 0 takes the hub's; `version` is that of the adapter
+    that the edge generates with already, -1 for the newest there is.
     """
 
     kind: ClassVar[int] = 9
@@ -230,7 +264,7 @@ class Hello(Message):
     q: Count
     lora_rank: Count
     resume: Count
-    steps_done: Count
+    version: Signed
 
 
 @dataclass(frozen=True)
@@ -305,18 +339,21 @@ class StepBackward(Message):
 @dataclass(frozen=True)
 class StepGrad(Message):
     """H: gradient with respect to smashed. `round_closes` 1: upload the adapter now; `hub_step` counts
-    the optimizer steps of B."""
+    the optimizer steps of B. `checkpoint`: a hub that dies goes back to so many steps of this edge, or to
+    what it said before, so the edge keeps what it had then."""
 
     kind: ClassVar[int] = 16
     step: Count
     hub_step: Count
     round_closes: Flag
+    checkpoint: Count
     grad_smashed: Tensor
 
 
 @dataclass(frozen=True)
 class Upload(Message):
-    """E: a piece of this edge's adapter file (safetensors bytes) for round `round`."""
+    """E: a piece of this edge's adapter file (safetensors bytes) for round `round`. Without data it asks how much of
+    the file with this hash the hub holds, perhaps from an earlier session."""
 
     kind: ClassVar[int] = 17
     round: Count
@@ -329,7 +366,7 @@ class Upload(Message):
 
 @dataclass(frozen=True)
 class UploadAck(Message):
-    """H: the first `received` bytes of the adapter file are here."""
+    """H: the first `received` bytes of the adapter file are here; the next piece begins there."""
 
     kind: ClassVar[int] = 18
     received: Count
@@ -425,6 +462,9 @@ AnyMessage = (
     | InferHidden
     | CloseStream
     | Error
+    | ReplaceKey
+    | KeyReplaced
+    | NextHubKey
 )
 
 
@@ -434,6 +474,7 @@ TO_HUB = frozenset(
     for message in (
         *(Describe, Fetch, Ping, Hello, Leave),
         *(StepForward, StepBackward, Upload, AwaitRound, Infer, CloseStream),
+        ReplaceKey,
     )
 )
 TO_EDGE = frozenset(
@@ -441,6 +482,7 @@ TO_EDGE = frozenset(
     for message in (
         *(Description, Chunk, Pong, Welcome, Bye),
         *(StepHidden, StepGrad, UploadAck, Published, InferHidden, Error),
+        *(KeyReplaced, NextHubKey),
     )
 )
 ENROL_TO_HUB = frozenset({Enrol.kind})

@@ -64,6 +64,10 @@ class Replies:
         """Bytes of the replies that are kept."""
         return self._kept_bytes
 
+    def is_next(self, request: int) -> bool:
+        """Whether `admit` would call this request `New`."""
+        return request not in self._in_work and (request >= UNORDERED_BASE or request == self.next)
+
     def admit(self, request: int) -> Admission:
         """What to do about a request that has arrived. After `New` it counts as in work."""
         if request in self._in_work:

@@ -91,7 +91,8 @@ class Requests:
         #: A HELLO is needed before anything that belongs to a session goes out (again).
         self.needs_session = True
         self._rng = rng
-        self._give_up_s = give_up_s
+        #: Seconds of silence after which everything fails; inf for never.
+        self.give_up_s = give_up_s
         self._table: dict[int, _Request] = {}
         self._lanes = {Channel.CTL: _Lane(), Channel.BULK: _Lane()}
         self._next_unordered = UNORDERED_BASE
@@ -225,6 +226,10 @@ class Requests:
             self.needs_session = True
             request.wait_again()
             return None
+        if message.code == ErrorCode.LATER:
+            request.wait_again()
+            self._back_off(request.channel, now)
+            return None
         if message.code == ErrorCode.GAP and message.detail in self._table:
             for later in self._table.values():
                 if later.message.ordered and later.id >= message.detail:
@@ -261,10 +266,17 @@ class Requests:
         if lost:
             self._back_off(channel, now)
 
+    def reset(self) -> None:
+        """All connections were thrown away: whatever was sent may be lost, and a HELLO goes before it."""
+        for request in self._table.values():
+            if request.sent_at is not None:
+                request.wait_again()
+        self.needs_session = True
+
     def expired(self, now: float) -> list[Failed]:
         """The requests that end now, for their deadline or because the hub is silent for too long."""
-        if self._table and now >= self._alive_at + self._give_up_s:
-            seconds = f"{self._give_up_s:g} s"
+        if self._table and now >= self._alive_at + self.give_up_s:
+            seconds = f"{self.give_up_s:g} s"
             text = f"nothing heard from the hub for {seconds}: is it running, and can this machine reach it?"
             return self.fail_all(HubUnreachable(text))
         failed = []
@@ -283,7 +295,7 @@ class Requests:
 
     def next_event(self) -> float:
         """The time at which `due` or `expired` may have something, if nothing comes before; inf for never."""
-        times = [self._alive_at + self._give_up_s] if self._table else []
+        times = [self._alive_at + self.give_up_s] if self._table else []
         times += [request.deadline for request in self._table.values()]
         for channel in self._lanes:
             times += [at for _, at in self._candidates(channel)]

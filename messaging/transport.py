@@ -7,7 +7,7 @@ A transport belongs to one thread: only `wake` may be called from another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Protocol
 
@@ -15,6 +15,8 @@ Buffer = bytes | memoryview
 
 #: What CURVE adds to every frame: command name 8, nonce 8, authenticator 16, flags 1.
 CURVE_BYTES = 33
+#: How often `HubSide.look` has to be called: at the speed of CURVE, 60 MB come in between.
+WATCH_S = 0.1
 
 
 class Channel(IntEnum):
@@ -31,6 +33,8 @@ class Route:
 
     channel: Channel
     routing_id: bytes
+    #: the IP address at the other end, for logs; empty where it is not known
+    address: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,15 @@ class SendResult(Enum):
 class FailReason(Enum):
     """Why an edge is not connected; the values are for the user."""
 
-    NOT_ENROLLED = "the hub does not know this key, or it was revoked"
+    NOT_ENROLLED = (
+        "the hub does not know this edge's key, or it was revoked or replaced: ask who runs the hub (`hub edges` "
+        "shows whom it knows); with a new join string, join with another --state"
+    )
     HUB_TROUBLE = "the hub could not check the key just now"
-    WRONG_HUB_KEY = "what answers there is not the hub of this join string, or no hub at all"
+    WRONG_HUB_KEY = (
+        "what answers there has another key than the hub that this edge joined, or is no hub at all: if the hub's "
+        "key was replaced (`hub rotate-key`), ask who runs it for a new join string and join with it, in this --state"
+    )
     UNREACHABLE = "nothing answers at the hub's address"
 
 
@@ -81,7 +91,12 @@ class ConnectFailed:
     reason: FailReason
 
 
-LinkEvent = Connected | Disconnected | ConnectFailed
+@dataclass(frozen=True, slots=True)
+class Reachable:
+    """While a dial got no answer, another attempt was accepted: after a `reset` the channels come up at once."""
+
+
+LinkEvent = Connected | Disconnected | ConnectFailed | Reachable
 
 
 @dataclass(slots=True)
@@ -93,16 +108,50 @@ class Traffic:
     dropped: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """Bytes that may have arrived and lie undelivered: of one connection, and of all connections together."""
+
+    one: int
+    all: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offence:
+    """A connection that was cut because `size` bytes of it lay undelivered, and what is known of its other end.
+
+    `key` is None if it never said anything and the handshakes leave more than one choice. `endless`: it alone
+    had more than any message may have; else all of them together had too much, and this one had most.
+    """
+
+    channel: Channel
+    key: str | None
+    address: str
+    size: int
+    endless: bool
+
+
 class HubSide(Protocol):
     """Many edges, addressed by route."""
 
     traffic: Traffic
+    #: Whether the bytes of each connection can be counted; if not, `unread` is 0 and `look` finds nothing.
+    watches: bool
 
     def poll(self, timeout_s: float) -> list[Arrival]:
         """What arrived, ctl first, in bounded portions; waits up to `timeout_s` seconds if there is nothing."""
 
     def send(self, route: Route, frames: Sequence[Buffer]) -> SendResult:
         """Send without waiting. Buffers of 64 KB and more are not copied: leave them unchanged afterwards."""
+
+    def unread(self, route: Route, most: int) -> int:
+        """Bytes sent that the peer's machine has not acknowledged. Exact if above `most`, else maybe less."""
+
+    def cut(self, route: Route) -> str | None:
+        """End a connection, and say whose it was if that is known. Its edge dials again."""
+
+    def look(self, allowance: Allowance) -> list[Offence]:
+        """Cut the connections that have more undelivered than allowed. Cheap; call it every `WATCH_S` seconds."""
 
     def wake(self) -> None:
         """Make a `poll` in progress, or else the next one, return at once. For any thread."""
@@ -130,6 +179,9 @@ class EdgeSide(Protocol):
 
     def reset(self) -> None:
         """Throw all connections away and dial afresh; what was not sent yet is lost."""
+
+    def use_key(self, hub_key: str) -> None:
+        """Expect this public key (Z85) of the hub from the next `reset` on."""
 
     def close(self) -> None:
         """Close every connection; what was not sent yet is lost."""

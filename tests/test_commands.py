@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,13 +17,14 @@ import pytest
 import messaging.messages as m
 from edge.state import EdgeState
 from messaging.edge_transport import EdgeTransport
-from messaging.errors import ErrorCode
+from messaging.enrol import enrol as enrol_key
+from messaging.errors import ErrorCode, Refused
 from messaging.framing import decode, encode
 from messaging.joining import read_join
 from messaging.keys import load_keys, new_keys
 from messaging.transport import Channel, Connected, ConnectFailed, FailReason
 from tests.support.sites import write_notes
-from tools.programs import Hub, Process, Programs
+from tools.programs import Hub, Process, Programs, free_ports
 
 STOP_S = 15.0
 ENROL_ONLY = ("--max-new-tokens", 1, "--noise", 0)
@@ -40,18 +39,6 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(module_programs: Programs) -> Hub:
     """A hub for the tests of access, which train nothing."""
     return module_programs.serve()
-
-
-def fixed_ports() -> tuple[str, str]:
-    """`--listen` with three ports in a row that are free now."""
-    while True:
-        port = random.randint(20000, 32000)
-        try:
-            for offset in range(3):
-                socket.create_server(("127.0.0.1", port + offset)).close()
-        except OSError:
-            continue
-        return ("--listen", f"tcp://127.0.0.1:{port}")
 
 
 def steps_said(process: Process) -> int:
@@ -107,7 +94,7 @@ def test_second_serve_on_one_state(programs: Programs, hub: Hub) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_edges_go_on_by_themselves_when_the_hub_is_back(programs: Programs, notes: Path, how: str) -> None:
-    where = fixed_ports()
+    where = free_ports()
     options = ("--cohort", 2, "--round-steps", 5, "--grace", 30, *where)
     hub = programs.serve(*options)
     edges = [
@@ -215,7 +202,7 @@ def test_generation_goes_on_across_a_restart_of_the_hub(programs: Programs) -> N
     import edge
     from tests.support.sites import greedy, whole_model
 
-    options = fixed_ports()
+    options = free_ports()
     hub = programs.serve(*options)
     model = edge.connect(hub.join, state=programs.folder / "edge", noise=0.0)
     restarted = []
@@ -257,13 +244,13 @@ def enrol(programs: Programs, state: Path, join: str | None, code: int = 0) -> s
 def test_a_token_serves_so_many_keys_and_enrolled_states_need_none(hub: Hub, programs: Programs) -> None:
     join = programs.run("hub", "invite", "--state", hub.state, "--json").json["join"]
     enrol(programs, programs.folder / "first", join)
-    assert "spent" in enrol(programs, programs.folder / "second", join, code=4)
+    assert "used up" in enrol(programs, programs.folder / "second", join, code=4)
     enrol(programs, programs.folder / "first", join)
     enrol(programs, programs.folder / "first", None)
 
 
 def test_invite_works_while_the_hub_is_stopped(programs: Programs) -> None:
-    where = fixed_ports()
+    where = free_ports()
     hub = programs.serve(*where)
     hub.process.end(signal.SIGTERM)
     done = programs.run("hub", "invite", "--state", hub.state)
@@ -326,10 +313,10 @@ def answers(transport: EdgeTransport, *packets: m.Packet, within_s: float = 10.0
 
 
 def hello(p: int = 1, q: int = 1) -> m.Packet:
+    versions = {"min_version": m.PROTOCOL_VERSION, "max_version": m.PROTOCOL_VERSION}
     message = m.Hello(
-        min_version=1, max_version=1, software="test", name="raw", train=0, model_hash="", p=p, q=q, lora_rank=0,
-        resume=0, steps_done=0,
-    )  # fmt: skip
+        **versions, software="test", name="raw", train=0, model_hash="", p=p, q=q, lora_rank=0, resume=0, version=-1
+    )
     return m.Packet(message, m.Envelope(request=m.UNORDERED_BASE))
 
 
@@ -379,3 +366,41 @@ def test_old_epoch_and_bad_shapes_are_refused(hub: Hub, members: list[Path]) -> 
         (unfit,) = answers(own, hello(3, 3))
         assert isinstance(unfit.message, m.Error)
         assert unfit.message.code == ErrorCode.PARTITION
+
+
+def test_what_happens_at_the_door_is_in_the_audit_log(hub: Hub, programs: Programs) -> None:
+    join, mine, other = read_join(hub.join), new_keys(), new_keys()
+    enrol_key(join, mine, "audited", 10.0)
+    enrol_key(join, other, "nosy", 10.0)
+    with closing(EdgeTransport(join.hub, new_keys())) as stranger:
+        assert link_event(stranger) == ConnectFailed(Channel.CTL, FailReason.NOT_ENROLLED)
+    with closing(EdgeTransport(join.hub, mine)) as own, closing(EdgeTransport(join.hub, other)) as nosy:
+        assert link_event(own) == link_event(nosy) == Connected(Channel.CTL)
+        (opened,) = answers(own, hello())
+        ping = m.Ping("", 0, 0.0, 0.0, 0.0, 0.0, None)
+        answers(nosy, m.Packet(ping, replace(opened.envelope, request=m.UNORDERED_BASE + 1)))
+        assert nosy.send(Channel.CTL, [b"nonsense"])
+        programs.run("hub", "revoke", "audited", "--state", hub.state)
+        hub.process.until_says("audited: session closed: its key is revoked")
+        (refused,) = answers(own, m.Packet(ping, opened.envelope))
+        assert isinstance(refused.message, m.Error)
+        assert "revoked at the hub" in refused.message.text
+    with pytest.raises(Refused, match="revoked at the hub"):
+        enrol_key(join, mine, "audited", 10.0)
+    events = programs.run("hub", "audit", "--state", hub.state, "--last", 1000, "--json").json["events"]
+    seen = [(event["event"], event.get("name"), event.get("address")) for event in events]
+    for expected in (
+        ("enrolled", "audited", "127.0.0.1"),
+        ("session opened", "audited", "127.0.0.1"),
+        ("protocol violation", "nosy", "127.0.0.1"),
+        ("revoked", "audited", None),
+        ("session closed", "audited", None),
+        ("message refused", None, "127.0.0.1"),
+        ("enrolment refused", "audited", "127.0.0.1"),
+        ("refused at the handshake", None, "127.0.0.1"),
+    ):
+        assert expected in seen, expected
+    violations = [event["reason"] for event in events if event["event"] == "protocol violation"]
+    assert any("belongs to another edge" in reason for reason in violations)
+    assert any("msgpack" in reason or "header" in reason for reason in violations)
+    assert (hub.state / "audit.jsonl").stat().st_mode & 0o777 == 0o600

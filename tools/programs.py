@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -200,14 +202,26 @@ class Hub:
 
         return admin.status(self.state)
 
-    def until(self, condition: Callable[[dict[str, Any]], object], what: str) -> None:
+    def until(self, condition: Callable[[dict[str, Any]], object], what: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until its live status fulfils a condition."""
 
         def fulfilled() -> object:
             live = self.status()["live"]
             return live is not None and condition(live)
 
-        self.process.until(fulfilled, what)
+        self.process.until(fulfilled, what, timeout_s)
+
+
+def free_ports() -> tuple[str, str]:
+    """`--listen` with three ports in a row that are free now, for a hub that is to come back at the same ones."""
+    while True:
+        port = random.randint(20000, 32000)
+        try:
+            for offset in range(3):
+                socket.create_server(("127.0.0.1", port + offset)).close()
+        except OSError:
+            continue
+        return ("--listen", f"tcp://127.0.0.1:{port}")
 
 
 def _nothing() -> None:

@@ -55,6 +55,8 @@ class EdgeSnapshot:
     noise_sigma: float = 0.0
     noise_r: float | None = None
     log: tuple[str, ...] = ()
+    #: What is wrong with the hub just now, in words; empty when all is well.
+    trouble: str = ""
 
 
 def from_fields(fields: Mapping[str, Any]) -> EdgeSnapshot:

@@ -54,8 +54,8 @@ def render(snapshot: EdgeSnapshot, width: int, height: int) -> Text:
     """The snapshot in at most `height` lines."""
     inner = inner_width(width)
     title = Text.assemble(("FedSEA edge", STRONG), (f"  {snapshot.name}", ACCENT))
-    style = phase_style(snapshot.phase)
-    status = Text.assemble(("● ", style), (snapshot.phase, style))
+    style = BAD if snapshot.trouble else phase_style(snapshot.phase)
+    status = Text.assemble(("● ", style), (snapshot.trouble or snapshot.phase, style))
     sections = [
         Section(_place(snapshot, inner)),
         Section([*_progress(snapshot, inner), *_loss(snapshot, inner)], "training"),

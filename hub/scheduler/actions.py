@@ -13,9 +13,13 @@ from messaging.errors import ErrorCode
 
 @dataclass(frozen=True)
 class RunForward:
-    """Join these payloads (in this order) into one forward and keep its graph."""
+    """Join these payloads (in this order) into one forward and keep its graph.
+
+    `checkpoint`: write one first. Every edge in the payloads has saved what it had before this step.
+    """
 
     payloads: tuple[tuple[int, object], ...]
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)

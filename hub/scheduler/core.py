@@ -9,7 +9,7 @@ from __future__ import annotations
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler import plan
-from hub.scheduler.state import Member, Phase, State
+from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State
 from messaging.errors import ErrorCode
 
 
@@ -28,6 +28,8 @@ class Scheduler:
         match event:
             case ev.EdgeJoined():
                 self._joined(event)
+            case ev.EdgeRestarted():
+                self._restarted(event)
             case ev.EdgeLeft():
                 self._left(event)
             case ev.EdgeGone():
@@ -58,6 +60,8 @@ class Scheduler:
                 self._published(event)
             case ev.HousekeepingDone():
                 self.state.busy = False
+            case ev.CheckpointDue():
+                self.state.checkpoint_due = True
         self._forget_who_left()
         self._dispatch()
         return self._out
@@ -72,6 +76,25 @@ class Scheduler:
         here = f" ({len(state.active)} of {state.cohort} edges)" if state.phase is Phase.GATHERING else ""
         self._note(f"{event.name} joined{here}")
         self._begin_when_gathered()
+
+    def _restarted(self, event: ev.EdgeRestarted) -> None:
+        """What is computed of it goes on; it will ask for the same again, and is answered then."""
+        state, session = self.state, event.session
+        self._drop_requests(session)
+        member = state.members.get(session)
+        if member is not None:
+            member.left = False
+            member.smashed, member.gradient = None, None
+            if session in state.answering:
+                state.answering[session] = (0, state.answering[session][1])
+
+    def _drop_requests(self, session: int) -> None:
+        """Forget what a session waits for outside of its step, and free its caches."""
+        state = self.state
+        state.infers = [item for item in state.infers if item[0] != session]
+        state.inferring = [item for item in state.inferring if item[0] != session]
+        state.awaiting = [item for item in state.awaiting if item[0] != session]
+        state.freeing.append((session, 0))
 
     def _left(self, event: ev.EdgeLeft) -> None:
         member = self.state.members.get(event.session)
@@ -88,11 +111,8 @@ class Scheduler:
 
     def _gone(self, event: ev.EdgeGone) -> None:
         state, session = self.state, event.session
-        state.infers = [item for item in state.infers if item[0] != session]
-        state.inferring = [item for item in state.inferring if item[0] != session]
-        state.awaiting = [item for item in state.awaiting if item[0] != session]
+        self._drop_requests(session)
         state.answering.pop(session, None)
-        state.freeing.append((session, 0))
         member = state.members.get(session)
         if member is None:
             return
@@ -107,7 +127,11 @@ class Scheduler:
 
     def _silent(self, event: ev.EdgeFellSilent) -> None:
         member = self.state.members.get(event.session)
-        if member is None or member.silent or member.left:
+        if member is None or member.silent:
+            return
+        if member.left:
+            # It has taken its steps; after a restart of the hub its adapter is still to come again.
+            member.contributes = member.contributes and member.upload is not None
             return
         member.silent = True
         member.contributes = False
@@ -158,6 +182,10 @@ class Scheduler:
         if self.state.phase is Phase.OVER:
             self._refuse(event.session, event.request, ErrorCode.TRAINING_OVER, "the hub has closed its last round")
             return
+        given = member.hiddens.get(event.step)
+        if given is not None and given.answers(event.digest):
+            self._answer_forward(event.session, event.request, event.step, given.answer)
+            return
         if event.step < member.applied:
             text = f"step {event.step} is applied already: this edge is at step {member.applied}"
             self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
@@ -165,23 +193,42 @@ class Scheduler:
         if member.inside == event.step:
             self._withdraw(member)
         self._replaced(member, member.smashed)
-        member.smashed = (event.request, event.step, event.payload)
+        member.smashed, member.asked_again = (event.request, event.step, event.payload), event.digest
 
     def _gradient(self, event: ev.GradientReceived) -> None:
         member = self._member(event.session, event.request)
         if member is None:
             return
-        if member.inside != event.step:
+        if member.grad is not None and member.grad.step == event.step:
+            self._answer_backward(event.session, event.request, member.grad)
+            return
+        if member.inside != event.step and not self._in_backward(event.session, event.step):
             text = f"step {event.step} was closed without this edge (silent for longer than the hub's --grace)"
             self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
             return
         self._replaced(member, member.gradient)
         member.gradient = (event.request, event.step, event.payload)
 
+    def _in_backward(self, session: int, step: int) -> bool:
+        """Whether a backward of this step is under way, asked before (by a process of the edge that is no more)."""
+        state = self.state
+        return state.phase is Phase.BACKWARD and state.answering.get(session, (0, -1))[1] == step
+
     def _withdraw(self, member: Member) -> None:
-        """The edge begins its step anew, so no gradient will come for the first try."""
+        """The edge begins its step anew, with other bytes, so no gradient will come for the first try."""
         self._replaced(member, member.gradient)
+        if member.inside is not None:
+            member.hiddens.pop(member.inside, None)
         member.inside, member.gradient = None, None
+
+    def _answer_forward(self, session: int, request: int, step: int, answer: object) -> None:
+        if request:
+            self._out.append(act.AnswerForward(session, request, step, answer))
+
+    def _answer_backward(self, session: int, request: int, given: GradGiven) -> None:
+        if request:
+            action = act.AnswerBackward(session, request, given.step, given.answer, given.hub_step, given.closes)
+            self._out.append(action)
 
     def _replaced(self, member: Member, before: tuple[int, int, object] | None) -> None:
         if before is not None:
@@ -201,13 +248,26 @@ class Scheduler:
         inside = []
         for session, (request, step) in state.answering.items():
             member, answer = state.members[session], event.answers[session]
-            begun_anew = member.smashed is not None and member.smashed[1] == step
-            if not isinstance(answer, Exception) and not begun_anew:
-                inside.append(session)
+            self._answer_forward(session, request, step, answer)
+            if isinstance(answer, Exception):
+                continue
+            given = HiddenGiven(event.digests.get(session, b""), answer)
+            if self._taken_over(member, step, given):
+                member.hiddens[step] = given
                 member.inside = step
-            self._out.append(act.AnswerForward(session, request, step, answer))
+                inside.append(session)
         state.joined = tuple(inside)
         state.answering = {}
+
+    def _taken_over(self, member: Member, step: int, given: HiddenGiven) -> bool:
+        """Answer the process that asked the same meanwhile. False if the step was begun anew, with other bytes."""
+        if member.smashed is None or member.smashed[1] != step:
+            return True
+        if not given.answers(member.asked_again):
+            return False
+        request, member.smashed = member.smashed[0], None
+        self._answer_forward(member.session, request, step, given.answer)
+        return True
 
     def _backward_done(self, event: ev.BackwardDone) -> None:
         state = self.state
@@ -217,17 +277,28 @@ class Scheduler:
             state.round_step += 1
         closes = state.round_step >= state.round_steps
         for session, (request, step) in state.answering.items():
-            member, answer = state.members[session], event.answers[session]
-            if not isinstance(answer, Exception):
-                member.applied = step + 1
-                member.contributes = member.contributes or member.active
-                if member.smashed is not None and member.smashed[1] <= step:
-                    self._replaced(member, member.smashed)
-                    member.smashed = None
-            self._out.append(act.AnswerBackward(session, request, step, answer, state.hub_step, closes))
+            given = GradGiven(step, event.answers[session], state.hub_step, closes)
+            self._applied(state.members[session], given)
+            self._answer_backward(session, request, given)
         state.answering, state.joined = {}, ()
         state.phase = Phase.CLOSING if closes else Phase.FORWARD
         self._when_nobody_is_active()
+
+    def _applied(self, member: Member, given: GradGiven) -> None:
+        """Note that a member's step is inside B's adapter, unless it failed; answer who asked for it again."""
+        again, member.gradient = member.gradient, None
+        if isinstance(given.answer, Exception):
+            self._replaced(member, again)
+            member.hiddens.pop(given.step, None)
+            return
+        member.applied, member.grad = given.step + 1, given
+        member.hiddens = {step: hidden for step, hidden in member.hiddens.items() if step >= given.step}
+        member.contributes = member.contributes or member.active
+        if again is not None:
+            self._answer_backward(member.session, again[0], given)
+        if member.smashed is not None and member.smashed[1] <= given.step:
+            self._replaced(member, member.smashed)
+            member.smashed = None
 
     def _infer_done(self, event: ev.InferDone) -> None:
         state = self.state
@@ -246,6 +317,9 @@ class Scheduler:
         state = self.state
         member = state.members.get(event.session)
         if event.round < state.round or state.phase is Phase.OVER:
+            if member is not None and member.upload is None:
+                # It goes on with what is published: what it learned in the open round before that never comes.
+                member.contributes = False
             self._answer_round(event.session, event.request)
         elif state.phase is not Phase.CLOSING and member is not None and member.active:
             # A hub that was restarted in the middle of closing takes one more step first.

@@ -6,7 +6,7 @@ Payloads (tensors, uploads) are opaque here: they are handed on inside actions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,13 @@ class EdgeJoined:
     name: str
     train: bool
     applied: int = 0
+
+
+@dataclass(frozen=True)
+class EdgeRestarted:
+    """The same member speaks from a new process: what the old one asked is answered to nobody."""
+
+    session: int
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,16 @@ class EdgeCameBack:
 
 @dataclass(frozen=True)
 class SmashedReceived:
-    """An edge asks for the forward of its step `step`."""
+    """An edge asks for the forward of its step `step`.
+
+    `digest` stands for the bytes of one that may have been asked before; it is empty where the step is new.
+    """
 
     session: int
     request: int
     step: int
     payload: object
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -105,9 +116,10 @@ class RoundAwaited:
 
 @dataclass(frozen=True)
 class ForwardDone:
-    """The joined forward was computed; an answer per session in it."""
+    """The joined forward was computed; an answer per session in it, and the digest of what it asked."""
 
     answers: Mapping[int, object]
+    digests: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,11 +145,17 @@ class RoundPublished:
 
 @dataclass(frozen=True)
 class HousekeepingDone:
-    """A checkpoint was written or memory was freed."""
+    """Memory was freed."""
+
+
+@dataclass(frozen=True)
+class CheckpointDue:
+    """The last checkpoint is old enough: write one before the next joined forward."""
 
 
 Event = (
     EdgeJoined
+    | EdgeRestarted
     | EdgeLeft
     | EdgeGone
     | EdgeFellSilent
@@ -153,4 +171,5 @@ Event = (
     | InferDone
     | RoundPublished
     | HousekeepingDone
+    | CheckpointDue
 )

@@ -46,7 +46,8 @@ def _forward(state: State) -> act.RunForward | None:
     active = state.active
     if not active or any(member.smashed is None for member in active):
         return None
-    return act.RunForward(tuple((m.session, m.smashed[2]) for m in active if m.smashed is not None))
+    payloads = tuple((m.session, m.smashed[2]) for m in active if m.smashed is not None)
+    return act.RunForward(payloads, state.checkpoint_due)
 
 
 def _backward(state: State) -> act.RunBackward | None:
@@ -80,6 +81,7 @@ def begin(state: State, action: act.Compute) -> None:
             state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
+            state.checkpoint_due = False
             state.joined = tuple(session for session, _ in action.payloads)
             for member in _joined(state):
                 assert member.smashed is not None
@@ -89,7 +91,9 @@ def begin(state: State, action: act.Compute) -> None:
             state.inferred_last = False
             for member in _joined(state):
                 # The step is closed now, with or without this member's gradient.
-                member.inside = None
+                inside, member.inside = member.inside, None
+                if member.gradient is None and inside is not None:
+                    member.hiddens.pop(inside, None)
                 if member.gradient is not None:
                     state.answering[member.session] = member.gradient[:2]
                     member.gradient = None

@@ -16,10 +16,33 @@ class Phase(Enum):
     OVER = "serving generation"
 
 
+@dataclass(frozen=True)
+class HiddenGiven:
+    """The answer to a forward, for an edge that asks again; `digest` stands for the bytes that it asked with."""
+
+    digest: bytes
+    answer: object
+
+    def answers(self, digest: bytes) -> bool:
+        """Whether a repetition asks the same; an empty digest is never the same."""
+        return bool(digest) and self.digest == digest
+
+
+@dataclass(frozen=True)
+class GradGiven:
+    """The answer to the latest backward that was applied, for an edge that asks again."""
+
+    step: int
+    answer: object
+    hub_step: int
+    closes: bool
+
+
 @dataclass
 class Member:
     """An edge that trains."""
 
+    #: names it in events and actions, whichever process of the edge speaks
     session: int
     #: orders the rows of a joined batch, so that arrival does not
     name: str
@@ -31,10 +54,15 @@ class Member:
     left: bool = False
     #: (request, step, payload) of a forward that waits to be joined
     smashed: tuple[int, int, object] | None = None
+    #: the digest of that, if the step was asked before
+    asked_again: bytes = b""
     #: step whose gradient the pending joined forward waits for
     inside: int | None = None
     #: (request, step, payload) of a backward that waits to be joined
     gradient: tuple[int, int, object] | None = None
+    #: by step, the latest applied and the one after it: what an edge is told that was killed before it heard
+    hiddens: dict[int, HiddenGiven] = field(default_factory=dict)
+    grad: GradGiven | None = None
     #: adapter of the round that is open, once uploaded
     upload: object | None = None
     #: took a step in the open round or uploaded for it, so its adapter is wanted
@@ -85,6 +113,8 @@ class State:
     recent: tuple[frozenset[int], ...] = ()
     #: the last compute action was inference, so training goes first now
     inferred_last: bool = False
+    #: a checkpoint is to be written before the next joined forward
+    checkpoint_due: bool = False
     #: no new work is begun
     stopping: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 import sqlite3
 import threading
@@ -10,9 +11,11 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from hub.store.audit import AuditLog
 from hub.store.database import Database
 from messaging.errors import InputError, Refused
 from messaging.joining import new_token, token_hash
+from messaging.keys import is_key
 
 #: How long a token is good for unless somebody says otherwise.
 TOKEN_TTL_S = 600.0
@@ -23,9 +26,22 @@ POLL_S = 0.25
 #: Tokens are remembered this long after they have run out, so that the refusal can say which of the two it was.
 _REMEMBER_S = 30 * 86400.0
 
+#: An invitation is for people who are about to join.
+_LONGEST_TTL_S = 365 * 86400.0
+
+#: Characters of a token's sha256 that name it in the audit log and in lists.
+_SHOWN = 8
+
 _NAME_CHARACTERS = 48
 
 _ASK = "ask who runs the hub for a new join string (`hub invite` makes one)"
+_REVOKED = (
+    "this edge's key was revoked at the hub and cannot come back: if that was a mistake, "
+    "ask who runs the hub for a new join string, and join with another --state"
+)
+_REPLACED = (
+    "this key was replaced by a newer one of the same edge (`edge rotate-key`): use the state with the newer key"
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +55,39 @@ class Edge:
     last_seen: float | None
 
 
+@dataclass(frozen=True)
+class Invitation:
+    """A token that is still good: the beginning of its sha256, for how many keys, until when, for which name."""
+
+    token_sha256: str
+    uses_left: int
+    expires_at: float
+    name: str | None
+
+
 class AccessList:
-    """The allow-list. Every method may be called from any thread.
+    """The allow-list. Every method may be called from any thread. What changes it is told to `audit`.
 
     `name_of` answers from memory. `watch` is a connection of its own, which never waits for one that is
     writing, so that look-ups are not held up by somebody's enrolment.
     """
 
-    def __init__(self, database: Database, watch: Database, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, database: Database, watch: Database, audit: AuditLog, clock: Callable[[], float] = time.time
+    ) -> None:
         self._database = database
         self._watch = watch
+        self._audit = audit
         self._clock = clock
         self._refreshing = threading.Lock()
         #: Enrolled and not revoked: key -> name. Replaced as a whole, never changed.
         self._names: dict[str, str] = {}
+        #: Keys that were on the list -> why they are no more.
+        self._gone: dict[str, str] = {}
+        #: Present key -> the key that the edge enrolled with.
+        self._origins: dict[str, str] = {}
+        #: The key that an edge enrolled with -> its name and its present key.
+        self._by_origin: dict[str, tuple[str, str]] = {}
         #: What the last `refresh` left; look-ups and enrolments in between must not make it miss a change.
         self._reported: dict[str, str] = {}
         self._version = -1
@@ -64,6 +99,30 @@ class AccessList:
         if time.monotonic() >= self._next_poll:
             self._poll()
         return self._names.get(key)
+
+    def standing(self, key: str) -> str:
+        """What a key is to the hub: 'enrolled', 'revoked', 'replaced' or 'unknown'."""
+        return "enrolled" if key in self._names else self._gone.get(key, "unknown")
+
+    def why_not(self, key: str) -> str:
+        """Why a key may not connect, in words for whoever has it."""
+        unknown = f"the hub does not know this edge's key: {_ASK}"
+        return {"revoked": _REVOKED, "replaced": _REPLACED}.get(self._gone.get(key, ""), unknown)
+
+    def origin_of(self, key: str) -> str:
+        """The key that the edge with the present key `key` enrolled with: it outlives every replacement.
+
+        What an edge did is booked under it. An unknown or revoked key is its own origin.
+        """
+        return self._origins.get(key, key)
+
+    def name_by_origin(self, origin: str) -> str | None:
+        """The name of the edge that enrolled with the key `origin`, whatever its key is by now; None if revoked."""
+        return self._by_origin.get(origin, (None, ""))[0]
+
+    def present_key(self, origin: str) -> str:
+        """The key that the edge that enrolled with `origin` has by now; `origin` itself if it may not connect."""
+        return self._by_origin.get(origin, ("", origin))[1]
 
     def refresh(self) -> bool:
         """Look now. True if a key came or went since the last call of this, whoever noticed. For one caller."""
@@ -77,59 +136,132 @@ class AccessList:
             version = self._watch.data_version()
             if version == self._version:
                 return
-            self._names = dict(self._watch.rows("SELECT key, name FROM keys WHERE revoked_at IS NULL"))
+            revoked = self._watch.rows("SELECT key FROM keys WHERE revoked_at IS NOT NULL")
+            replaced = self._watch.rows("SELECT key FROM replaced")
+            self._gone = {row[0]: "revoked" for row in revoked} | {row[0]: "replaced" for row in replaced}
+            rows = self._watch.rows("SELECT key, name, origin FROM keys WHERE revoked_at IS NULL")
+            self._origins = {key: origin for key, _, origin in rows}
+            self._by_origin = {origin: (name, key) for key, name, origin in rows}
+            self._names = {key: name for key, name, _ in rows}
             # The number from before the rows: a commit in between is then seen once more, never missed.
             self._version = version
 
-    def enrol(self, token: bytes, key: str, name: str) -> str:
+    def enrol(self, token: bytes, key: str, name: str, address: str = "") -> str:
         """Put `key` on the list at the price of one use of the token, and return the name it got.
 
-        A key that is on the list already needs no token. Refused: a revoked key; a token that is unknown,
-        used up or out of date.
+        A key that is on the list already needs no token. Refused: a key that was revoked or replaced; a token
+        that is unknown, used up or out of date.
         """
+        try:
+            final, by = self._enrol(token, key, name)
+        except Refused as refused:
+            reason = f"with {_shown(token)}: {refused}"
+            self._audit.write_often("enrolment refused", name=clean_name(name), key=key, address=address, reason=reason)
+            raise
+        if by is not None:
+            self._audit.write("enrolled", name=final, key=key, address=address, reason=f"with {by}")
+        self._poll()
+        return final
+
+    def _enrol(self, token: bytes, key: str, name: str) -> tuple[str, str | None]:
+        """The name, and the token that it cost; None if the key is on the list already."""
         with self._database.transaction() as db:
             known = db.execute("SELECT name, revoked_at FROM keys WHERE key = ?", (key,)).fetchone()
             if known is not None:
                 if known[1] is not None:
-                    raise Refused("this key was revoked at the hub: it cannot join again")
-                return str(known[0])
+                    raise Refused(_REVOKED)
+                return str(known[0]), None
+            if db.execute("SELECT 1 FROM replaced WHERE key = ?", (key,)).fetchone():
+                raise Refused(_REPLACED)
             now = self._clock()
-            _redeem(db, token, now)
-            final = _unique_name(db, clean_name(name))
-            db.execute("INSERT INTO keys (key, name, enrolled_at) VALUES (?, ?, ?)", (key, final, now))
-        self._poll()
-        return final
+            reserved = _redeem(db, token, now)
+            if reserved is None:
+                final = _unique_name(db, clean_name(name), now)
+            elif reserved in _taken(db):
+                raise Refused(f"this join string is for the name {reserved!r}, which is taken by now: {_ASK}")
+            else:
+                final = reserved
+            sql = "INSERT INTO keys (key, origin, name, enrolled_at) VALUES (?, ?, ?, ?)"
+            db.execute(sql, (key, key, final, now))
+        return final, _shown(token)
 
-    def invite(self, uses: int = 1, ttl_s: float = TOKEN_TTL_S) -> bytes:
-        """A new token, good for so many keys within so many seconds."""
-        if uses < 1 or not ttl_s > 0:
-            raise InputError("an invitation needs at least one use and some time to be used in")
+    def invite(self, uses: int = 1, ttl_s: float = TOKEN_TTL_S, name: str | None = None) -> bytes:
+        """A new token, good for so many keys within so many seconds.
+
+        With `name` it is good for one key, which gets that name. InputError: no uses, no time or more than a
+        year, a name that is taken or that cannot be one.
+        """
+        if uses < 1 or not 0 < ttl_s <= _LONGEST_TTL_S:
+            raise InputError("an invitation needs at least one use, and some time to be used in, a year at most")
+        if name is not None:
+            _check_invited(name, uses)
         token, now = new_token(), self._clock()
         with self._database.transaction() as db:
             db.execute("DELETE FROM tokens WHERE expires_at < ?", (now - _REMEMBER_S,))
-            db.execute("INSERT INTO tokens VALUES (?, ?, ?)", (token_hash(token), uses, now + ttl_s))
+            if name is not None and name in _taken(db):
+                raise InputError(f"an edge has, or had, the name {name!r}: choose another for the new one")
+            db.execute("INSERT INTO tokens VALUES (?, ?, ?, ?)", (token_hash(token), uses, now + ttl_s, name))
+        reason = f"{_shown(token)}, good for {uses} within {ttl_s:g} s"
+        self._audit.write("invitation made", name=name or "", reason=reason)
         return token
+
+    def invitations(self) -> list[Invitation]:
+        """The tokens that are still good for something, the one that runs out first at the head."""
+        sql = (
+            "SELECT substr(sha256, 1, ?), uses_left, expires_at, name FROM tokens "
+            "WHERE uses_left > 0 AND expires_at > ? ORDER BY expires_at"
+        )
+        return [Invitation(*row) for row in self._database.rows(sql, _SHOWN, self._clock())]
 
     def revoke(self, name: str) -> Edge:
         """Take a key off the list, for ever. InputError names the edges there are if this is none of them."""
         with self._database.transaction() as db:
-            sql = "UPDATE keys SET revoked_at = coalesce(revoked_at, ?) WHERE name = ?"
-            if db.execute(sql, (self._clock(), name)).rowcount == 0:
+            known = db.execute("SELECT key, revoked_at FROM keys WHERE name = ?", (name,)).fetchone()
+            if known is None:
                 names = [row[0] for row in db.execute("SELECT name FROM keys WHERE revoked_at IS NULL ORDER BY name")]
                 raise InputError(f"no edge is called {name!r}; there are: {', '.join(names) or 'none'}")
+            if known[1] is None:
+                db.execute("UPDATE keys SET revoked_at = ? WHERE name = ?", (self._clock(), name))
+        if known[1] is None:
+            self._audit.write("revoked", name=name, key=known[0])
         self._poll()
         return next(edge for edge in self.edges() if edge.name == name)
+
+    def replace(self, origin: str, successor: str, address: str = "") -> str:
+        """Put `successor` in the place of the present key of an edge, which is good no more; the edge's name.
+
+        All of it or nothing is on the disk on return. Refused: the edge is not on the list, or `successor` is no
+        key, or is or was somebody's.
+        """
+        with self._database.transaction() as db:
+            sql = "SELECT name, key FROM keys WHERE origin = ? AND revoked_at IS NULL"
+            known = db.execute(sql, (origin,)).fetchone()
+            if known is None:
+                raise Refused("only an edge that is enrolled can replace its key")
+            sql = "SELECT 1 FROM keys WHERE key = :key UNION SELECT 1 FROM replaced WHERE key = :key"
+            if not is_key(successor) or db.execute(sql, {"key": successor}).fetchone():
+                raise Refused("the new key is none, or has been in use: make another with `edge rotate-key`")
+            db.execute("UPDATE keys SET key = ? WHERE origin = ?", (successor, origin))
+            db.execute("INSERT INTO replaced VALUES (?, ?, ?)", (known[1], origin, self._clock()))
+        self._audit.write("key replaced", name=known[0], key=successor, address=address, reason=f"it was {known[1]}")
+        self._poll()
+        return str(known[0])
 
     def edges(self) -> list[Edge]:
         """Everybody who was ever enrolled, first come first."""
         sql = "SELECT key, name, enrolled_at, revoked_at, last_seen FROM keys ORDER BY enrolled_at, rowid"
         return [Edge(*row) for row in self._database.rows(sql)]
 
-    def record_seen(self, keys: Iterable[str]) -> None:
-        """These edges were heard of just now. Waits for the disk: now and then, not for every message."""
+    def note_cut_off(self, reason: str, key: str | None, address: str) -> None:
+        """Have it in the audit log that a connection was cut off; `key` and `address` as far as they are known."""
+        name, group = (self.name_of(key) or "", key) if key else ("", "")
+        self._audit.write_often("cut off", group=group, name=name, key=group, address=address, reason=reason)
+
+    def record_seen(self, origins: Iterable[str]) -> None:
+        """These edges, by their origins, were heard of just now. Waits for the disk: not for every message."""
         now = self._clock()
         with self._database.transaction() as db:
-            db.executemany("UPDATE keys SET last_seen = ? WHERE key = ?", [(now, key) for key in keys])
+            db.executemany("UPDATE keys SET last_seen = ? WHERE origin = ?", [(now, origin) for origin in origins])
 
 
 def clean_name(name: str) -> str:
@@ -139,9 +271,24 @@ def clean_name(name: str) -> str:
     return re.sub("-+", "-", kept)[:_NAME_CHARACTERS].strip("-.") or "edge"
 
 
-def _unique_name(db: sqlite3.Connection, name: str) -> str:
-    """`name`, or the first of `name-2`, `name-3`, ... that no edge has or ever had."""
-    taken = {row[0] for row in db.execute("SELECT name FROM keys")}
+def _check_invited(name: str, uses: int) -> None:
+    if uses != 1:
+        raise InputError("an invitation with a name is for one edge: leave the number of uses out")
+    if clean_name(name) != name:
+        raise InputError(
+            f"{name!r} cannot be an edge's name: letters, digits and . _ - make one, as {clean_name(name)!r}"
+        )
+
+
+def _taken(db: sqlite3.Connection) -> set[str]:
+    """Names that an edge has or ever had."""
+    return {row[0] for row in db.execute("SELECT name FROM keys")}
+
+
+def _unique_name(db: sqlite3.Connection, name: str, now: float) -> str:
+    """`name`, or the first of `name-2`, `name-3`, ... that no edge has or ever had, and none is invited under."""
+    sql = "SELECT name FROM tokens WHERE name IS NOT NULL AND uses_left > 0 AND expires_at > ?"
+    taken = _taken(db) | {row[0] for row in db.execute(sql, (now,))}
     candidate, number = name, 1
     while candidate in taken:
         number += 1
@@ -149,14 +296,23 @@ def _unique_name(db: sqlite3.Connection, name: str) -> str:
     return candidate
 
 
-def _redeem(db: sqlite3.Connection, token: bytes, now: float) -> None:
-    """Take one use from a token, inside a transaction. Refused says what is wrong with it."""
+def _redeem(db: sqlite3.Connection, token: bytes, now: float) -> str | None:
+    """Take one use from a token, inside a transaction; the name that it is for. Refused says what is wrong with it."""
     digest = token_hash(token)
-    row = db.execute("SELECT uses_left, expires_at FROM tokens WHERE sha256 = ?", (digest,)).fetchone()
-    if row is None:
+    # Every one is compared, and in the same time however much of it is right.
+    rows = db.execute("SELECT sha256, uses_left, expires_at, name FROM tokens").fetchall()
+    found = [row for row in rows if hmac.compare_digest(str(row[0]), digest)]
+    if not found:
         raise Refused(f"the hub does not know this join string's token: {_ASK}")
-    if row[0] < 1:
+    _, uses_left, expires_at, name = found[0]
+    if uses_left < 1:
         raise Refused(f"this join string is used up: {_ASK}")
-    if now >= row[1]:
+    if now >= expires_at:
         raise Refused(f"this join string has expired: {_ASK}")
     db.execute("UPDATE tokens SET uses_left = uses_left - 1 WHERE sha256 = ?", (digest,))
+    return None if name is None else str(name)
+
+
+def _shown(token: bytes) -> str:
+    """What a token is called where it must not be seen."""
+    return f"token {token_hash(token)[:_SHOWN]}" if token else "no token"

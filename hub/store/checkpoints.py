@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 #: Two, so that there is still one when the disk spoils the newest.
 KEPT = 2
 
-_FORMAT = 1
+_FORMAT = 2
 _ADAPTER = "adapter/"
 _OPTIMIZER = "optimizer/"
+_BLOB = "blob/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Checkpoint:
 
     `adapter` holds float32 tensors by absolute peft names, `optimizer` what the optimizer gave; `applied` the
     last step of each edge, by its public key, that is inside these tensors. `version` is that of the adapter
-    published last. `extra` is JSON of the caller's own.
+    published last. `extra` is JSON of the caller's own, and `blobs` are tensors of the caller's own.
     """
 
     hub_step: int
@@ -43,6 +44,7 @@ class Checkpoint:
     adapter: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    blobs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -95,6 +97,7 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
 
     tensors = {_ADAPTER + name: value.float() for name, value in checkpoint.adapter.items()}
     tensors.update({_OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()})
+    tensors.update({_BLOB + name: value for name, value in checkpoint.blobs.items()})
     facts = _note(checkpoint) | {
         "format": _FORMAT,
         "applied": dict(checkpoint.applied),
@@ -111,7 +114,8 @@ def _read(path: Path) -> Checkpoint:
         names = list(file.keys())
         adapter = {n.removeprefix(_ADAPTER): file.get_tensor(n) for n in names if n.startswith(_ADAPTER)}
         optimizer = {n.removeprefix(_OPTIMIZER): file.get_tensor(n) for n in names if n.startswith(_OPTIMIZER)}
-    return Checkpoint(adapter=adapter, optimizer=optimizer, **facts)
+        blobs = {n.removeprefix(_BLOB): file.get_tensor(n) for n in names if n.startswith(_BLOB)}
+    return Checkpoint(adapter=adapter, optimizer=optimizer, blobs=blobs, **facts)
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

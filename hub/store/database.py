@@ -13,14 +13,15 @@ from typing import Any
 from hub.store.files import StoreError
 
 #: Raised whenever the tables change; a file of a newer FedSEA is left alone.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: Seconds to wait for another process that is writing.
 _BUSY_S = 10.0
 
 _SCHEMA = """
 CREATE TABLE keys (
-    key TEXT PRIMARY KEY,          -- Z85 public key: the edge's identity
+    key TEXT PRIMARY KEY,          -- Z85 public key: the one that the edge has at present
+    origin TEXT NOT NULL UNIQUE,   -- the one that it enrolled with: what it did is booked under this
     name TEXT NOT NULL UNIQUE,
     enrolled_at REAL NOT NULL,     -- all times: seconds since 1970
     revoked_at REAL,
@@ -29,7 +30,13 @@ CREATE TABLE keys (
 CREATE TABLE tokens (
     sha256 TEXT PRIMARY KEY,       -- the token itself is kept nowhere
     uses_left INTEGER NOT NULL,
-    expires_at REAL NOT NULL
+    expires_at REAL NOT NULL,
+    name TEXT                      -- the only name that it enrols, if it was made for one
+);
+CREATE TABLE replaced (
+    key TEXT PRIMARY KEY,          -- a public key that its edge has given up
+    origin TEXT NOT NULL,
+    replaced_at REAL NOT NULL
 );
 CREATE TABLE meta (
     name TEXT PRIMARY KEY,
@@ -45,6 +52,16 @@ CREATE TABLE manifest (            -- the files that count; one that is not list
     PRIMARY KEY (kind, number)
 );
 """
+
+#: What makes a file of the version before into one of this version: version before -> statements.
+_UPGRADES = {
+    1: """
+ALTER TABLE tokens ADD COLUMN name TEXT;
+ALTER TABLE keys ADD COLUMN origin TEXT;
+UPDATE keys SET origin = key;
+CREATE TABLE replaced (key TEXT PRIMARY KEY, origin TEXT NOT NULL, replaced_at REAL NOT NULL);
+""",
+}
 
 
 class Database:
@@ -99,6 +116,8 @@ class Database:
             raise StoreError(f"{self._path} was written by a newer FedSEA: update this one")
         if version == 0:
             raise StoreError(f"{self._path} has no tables yet: wait until the hub says that it is ready")
+        if version < SCHEMA_VERSION:
+            raise StoreError(f"{self._path} was written by an older FedSEA: start `hub serve` on it first")
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -109,12 +128,17 @@ class Database:
 
 
 def create_database(path: Path) -> None:
-    """Make the file and its tables if they are not there. Only for the holder of the state's lock."""
+    """Make the file and its tables if they are not there, or bring an older file up to date.
+
+    Only for the holder of the state's lock.
+    """
     try:
         # SQLite gives its two side files the mode of this one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with closing(sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != 0:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version != 0:
+                _upgrade(connection, version)
                 return
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -123,3 +147,9 @@ def create_database(path: Path) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
     except sqlite3.Error as error:
         raise StoreError(f"{path} is not a database of FedSEA: {error}") from error
+
+
+def _upgrade(connection: sqlite3.Connection, version: int) -> None:
+    connection.execute("PRAGMA synchronous = FULL")
+    for before in range(version, SCHEMA_VERSION):
+        connection.executescript(f"BEGIN;{_UPGRADES[before]}PRAGMA user_version = {before + 1};COMMIT;")

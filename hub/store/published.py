@@ -76,6 +76,10 @@ class AdapterStore:
         entries = self._series.entries()
         return _published(entries[0]) if entries else None
 
+    def kept(self) -> list[PublishedAdapter]:
+        """All that are kept, newest first."""
+        return [_published(entry) for entry in self._series.entries()]
+
     def get(self, version: int) -> PublishedAdapter | None:
         """The one of this version, if it is still kept."""
         return next((_published(entry) for entry in self._series.entries() if entry.number == version), None)

@@ -2,6 +2,8 @@
 
     hub.db                          keys, tokens, epoch, what is served, and the list of the files below
     hub.key                         the hub's CURVE key pair
+    hub-next.key                    the pair that takes its place at the next start, if there is to be one
+    audit.jsonl                     who was let in, who was not and why; see `audit.py`
     lock                            held while a hub runs
     status.json                     what a running hub says of itself, each second
     checkpoints/ckpt-N.safetensors  the newest two
@@ -23,15 +25,16 @@ from types import TracebackType
 from typing import Any
 
 from hub.store.access import AccessList
+from hub.store.audit import AuditLog
 from hub.store.checkpoints import CheckpointStore
 from hub.store.database import Database, create_database
 from hub.store.files import make_private_folder, sweep_temporaries, write_bytes_atomic
 from hub.store.lock import StateLock, is_locked
 from hub.store.published import AdapterStore, recipe_from_json
 from hub.store.series import Series
-from messaging.errors import InputError
+from messaging.errors import InputError, KeyFileError
 from messaging.joining import HubAddress
-from messaging.keys import KeyPair, load_or_create_keys
+from messaging.keys import KeyPair, load_keys, load_or_create_keys, take_over_keys
 from messaging.messages import Recipe
 
 
@@ -59,7 +62,9 @@ class HubState:
         self._clock = clock
         self._owned = owned
         self._database = self._connect()
-        self.access = AccessList(self._database, self._connect(), clock)
+        self.audit = AuditLog(folder / "audit.jsonl", clock)
+        owned.callback(self.audit.flush, everything=True)
+        self.access = AccessList(self._database, self._connect(), self.audit, clock)
         checkpoints = Series(self._database, folder / "checkpoints", "ckpt-", clock)
         adapters = Series(self._database, folder / "adapters", "v", clock)
         self.checkpoints = CheckpointStore(checkpoints)
@@ -107,6 +112,50 @@ class HubState:
     def keys(self) -> KeyPair:
         """The hub's key pair, made at the first call. KeyFileError if the file cannot be used."""
         return load_or_create_keys(self.folder / "hub.key")
+
+    def refused_at_the_handshake(self, key: str, address: str, why: str) -> None:
+        """Note in the audit log whom the gatekeeper turned away; it calls this on its own thread."""
+        reason = f"{self.access.standing(key)} key: {why}"
+        self.audit.write_often("refused at the handshake", key=key, address=address, reason=reason)
+
+    # --- the hub's next key -------------------------------------------------------------------
+
+    def rotate_keys(self) -> tuple[str, float]:
+        """Have a new key pair take the present one's place at the next start: its public key, and since when.
+
+        Repeating it changes nothing. The running hub tells its edges of the new key.
+        """
+        path = self.folder / "hub-next.key"
+        announced = self._get("next_key")
+        if announced is None:
+            # The file first: what is announced must be there when the hub starts.
+            announced = [load_or_create_keys(path).public, self._clock()]
+            self._set(next_key=announced)
+            self.audit.write("new hub key announced", key=announced[0], reason="in use from the next start on")
+        return announced[0], announced[1]
+
+    def next_key(self) -> str | None:
+        """The public key that the hub has from its next start on, if it is to be another."""
+        announced = self._get("next_key")
+        return None if announced is None else str(announced[0])
+
+    def adopt_next_keys(self) -> bool:
+        """At a start: put the announced key pair in the place of the present one. False if none is announced.
+
+        Wherever this is killed, the next start completes it. KeyFileError if the announced pair is lost.
+        """
+        announced = self.next_key()
+        if announced is None:
+            return False
+        path = self.folder / "hub-next.key"
+        if self.keys().public != announced:
+            if load_keys(path).public != announced:
+                raise KeyFileError(f"{path} is not the key that the edges were told of: restore it")
+            take_over_keys(path, self.folder / "hub.key")
+            self.audit.write("hub key replaced", key=announced)
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM meta WHERE name = 'next_key'")
+        return True
 
     # --- facts --------------------------------------------------------------------------------
 

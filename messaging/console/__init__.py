@@ -2,6 +2,7 @@
 
 from messaging.console.curve import Curve
 from messaging.console.journal import Journal
-from messaging.console.live import LiveView, View
+from messaging.console.live import LiveView, View, plain_lines
+from messaging.console.tasks import Task
 
-__all__ = ["Curve", "Journal", "LiveView", "View"]
+__all__ = ["Curve", "Journal", "LiveView", "Task", "View", "plain_lines"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from messaging.console.figures import printable
+from messaging.console.figures import duration, printable
+from messaging.console.tasks import QUIET_S, Task, Tasks
 
 Echo = Callable[[str], None]
 
@@ -23,6 +25,8 @@ class Journal:
         self._lines: deque[str] = deque(maxlen=keep)
         self._waiting: deque[str] = deque(maxlen=keep)
         self._echo: Echo | None = None
+        #: what is under way, for whoever shows it
+        self.tasks = Tasks()
         # Reentrant: an echo that fails logs that it failed.
         self._lock = threading.RLock()
 
@@ -35,6 +39,17 @@ class Journal:
                 self._waiting.append(line)
             else:
                 self._echo(line)
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "bytes") -> Iterator[Task]:
+        """Do something that may take long; how far it is shows after two seconds, and one line says when it is done."""
+        task = self.tasks.begin(title, total, unit)
+        try:
+            yield task
+            if task.seconds >= QUIET_S:
+                self.log(f"{title}: done in {duration(task.seconds)}")
+        finally:
+            self.tasks.end(task)
 
     def stamp(self, message: str) -> str:
         """The message on one line, after the time."""

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TextIO, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.control import Control
 from rich.live import Live
+from rich.padding import Padding
 
 from messaging.console.dump import write_snapshot
 from messaging.console.journal import Journal
+from messaging.console.tasks import TaskLines
 
 S = TypeVar("S")
 S_contra = TypeVar("S_contra", contravariant=True)
@@ -141,6 +143,27 @@ class LiveView(Generic[S]):
             self._dump = None
 
 
+@contextmanager
+def plain_lines(journal: Journal, file: TextIO, every_s: float = 5.0) -> Iterator[None]:
+    """Print the journal's lines to `file` at once, and how far long tasks are; for commands without a view."""
+    printer = _Printer(Console(file=file))
+    lines, stop = TaskLines(journal.tasks, every_s), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            if (line := lines.due()) is not None:
+                printer.line(journal.stamp(line))
+
+    journal.echo_to(printer.line)
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 class _Printer:
     """Whole lines to the console's file, at once; silent when nobody can read them any more."""
 
@@ -167,6 +190,7 @@ class _Lines(Generic[S]):
         self._view = view
         self._journal = journal
         self._every_s = every_s
+        self._tasks = TaskLines(journal.tasks, every_s)
         self._started = False
         self._shown: object = None
         self._next_s = 0.0
@@ -178,6 +202,8 @@ class _Lines(Generic[S]):
             self._shown = self._view.progress(snapshot)
             self._journal.echo_to(self._printer.line)
         self._last = snapshot
+        if (line := self._tasks.due()) is not None:
+            self._printer.line(self._journal.stamp(line))
         if time.monotonic() >= self._next_s:
             self._print_progress()
 
@@ -213,8 +239,17 @@ class _Screen(Generic[S]):
             # The terminal has wrapped the old lines anew, so that nobody knows where they are: start on an empty one.
             self._size = console.size
             console.control(Control.clear(), Control.home())
+        self._live.update(self._drawn(snapshot), refresh=True)
+
+    def _drawn(self, snapshot: S) -> RenderableType:
+        """The view, and under it how far the task is that takes long just now."""
+        width, height = self._size
+        task = self._journal.tasks.shown()
         # One line stays free for the prompt that comes after.
-        self._live.update(self._view.render(snapshot, self._size.width, self._size.height - 1), refresh=True)
+        if task is None:
+            return self._view.render(snapshot, width, height - 1)
+        # A view may end without a line break; with the padding around it, it cannot.
+        return Group(Padding(self._view.render(snapshot, width, height - 2), 0), task.bar(width))
 
     def close(self) -> None:
         try:

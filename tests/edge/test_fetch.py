@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import struct
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +14,11 @@ from typing import Any
 import pytest
 
 from edge import fetch
-from edge.fetch import Resource, fetch_bytes, fetch_file
+from edge.fetch import Resource, Wanted, fetch_adapter, fetch_bytes, fetch_file, fetch_files
+from edge.pace import SLOW_BYTES_PER_S, Pace
+from messaging.console import Task
 from messaging.errors import ErrorCode, HubError, HubUnreachable, InputError, ProtocolError
-from messaging.messages import AnyMessage, Chunk, Fetch, Pong, Tensor
+from messaging.messages import AnyMessage, Bye, Chunk, Fetch, Tensor
 from tests.support.here import Blob, HubHere, Mangle
 
 SMALL = 1000
@@ -31,6 +37,21 @@ def hub() -> HubHere:
 
 
 BLOB = Resource("blob", 1 << 20)
+
+
+class Seen(Task):
+    """Notes what is told of it."""
+
+    def __init__(self) -> None:
+        super().__init__("seen", None, "bytes", time.monotonic)
+        self.steps: list[float] = []
+        self.before = 0.0
+
+    def advance(self, count: float = 1) -> None:
+        self.steps.append(count)
+
+    def found(self, count: float) -> None:
+        self.before += count
 
 
 def spoil(offset: int, times: int) -> Mangle:
@@ -53,13 +74,13 @@ def spoil(offset: int, times: int) -> Mangle:
 
 @pytest.mark.parametrize(("name", "data"), [("blob", DATA), ("empty", b""), ("even", DATA[: 3 * SMALL])])
 def test_bytes_and_files_come_whole(hub: HubHere, tmp_path: Path, name: str, data: bytes) -> None:
-    seen: list[tuple[int, int, str]] = []
-    assert fetch_bytes(hub, name, progress=lambda *at: seen.append(at)) == data
-    assert seen[-1] == (len(data), len(data), name)
+    assert fetch_bytes(hub, name) == data
     pieces = max(1, -(-len(data) // SMALL))
-    assert len(hub.asked) == len(seen) == pieces
+    assert len(hub.asked) == pieces
     path = tmp_path / "new" / "folder" / "file"
-    fetch_file(hub, Resource(name, 1 << 20), path, prefix=b"head")
+    seen = Seen()
+    fetch_file(hub, Resource(name, 1 << 20), path, prefix=b"head", task=seen)
+    assert (len(seen.steps), sum(seen.steps), seen.before) == (pieces, len(data), 0)
     assert path.read_bytes() == b"head" + data
     assert [item.name for item in path.parent.iterdir()] == ["file"]
     assert len(hub.asked) == 2 * pieces
@@ -85,11 +106,11 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(hub: HubHere, tmp_path: P
     hub.dies_after = 10**9
     # What a killed process leaves need not end where a piece does.
     part.write_bytes(part.read_bytes()[:-7])
-    seen: list[int] = []
-    fetch_file(hub, BLOB, tmp_path / "file", prefix, lambda done, *_: seen.append(done))
+    seen = Seen()
+    fetch_file(hub, BLOB, tmp_path / "file", prefix, seen)
     assert (tmp_path / "file").read_bytes() == prefix + DATA
     assert hub.asked[0].offset == kept - 7
-    assert seen[0] == kept - 7 + SMALL
+    assert (seen.before, seen.steps[0], sum(seen.steps)) == (kept - 7, SMALL, len(DATA) - kept + 7)
     assert not part.exists()
 
 
@@ -142,7 +163,7 @@ def test_a_resource_that_changes_meanwhile_is_fetched_anew(hub: HubHere, tmp_pat
 
 
 HOSTILE: dict[str, Mangle] = {
-    "another kind": lambda _, chunk: Pong(1, 1, 1, 1, 1, 1, 0),
+    "another kind": lambda _, chunk: Bye(),
     "another offset": lambda _, chunk: replace(chunk, offset=chunk.offset + 1),
     "no hash": lambda _, chunk: replace(chunk, sha256="../../x"),
     "endless": lambda _, chunk: replace(chunk, total=1 << 50),
@@ -150,6 +171,9 @@ HOSTILE: dict[str, Mangle] = {
     "short piece": lambda _, chunk: replace(chunk, data=Tensor("u8", (1,), (b"x",))),
     "long piece": lambda _, chunk: replace(chunk, data=Tensor("u8", (SMALL + 1,), (b"x" * (SMALL + 1),))),
     "no bytes": lambda _, chunk: replace(chunk, data=Tensor("f32", (SMALL,), (b"x" * 4 * SMALL,))),
+    "packed unasked": lambda _, chunk: replace(
+        chunk, element=4, data=Tensor("u8", (SMALL - 1,), (b"x" * (SMALL - 1),))
+    ),
     "two dimensions": lambda _, chunk: replace(chunk, data=replace(chunk.data, shape=(SMALL, 1))),
 }
 
@@ -183,11 +207,16 @@ def test_a_refusal_is_passed_on(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_an_input_error(hub: HubHere, tmp_path: Path) -> None:
     (tmp_path / "file.part").mkdir()
-    with pytest.raises(InputError, match=r"cannot write .*file"):
+    with pytest.raises(InputError, match=f"cannot write into {tmp_path}"):
         fetch_file(hub, BLOB, tmp_path / "file")
 
 
-def test_two_pieces_are_under_way_and_no_more(hub: HubHere, tmp_path: Path) -> None:
+class FixedPace(Pace):
+    def more(self, under_way: int, pieces: int) -> bool:
+        return pieces < 5
+
+
+def test_as_many_pieces_are_under_way_as_the_pace_says(hub: HubHere, tmp_path: Path) -> None:
     answered: list[int] = []
     most: list[int] = []
 
@@ -204,8 +233,8 @@ def test_two_pieces_are_under_way_and_no_more(hub: HubHere, tmp_path: Path) -> N
             future.result = result  # type: ignore[method-assign]
             return future
 
-    fetch_file(Counting(), BLOB, tmp_path / "file")
-    assert max(most) == fetch.IN_FLIGHT
+    fetch_file(Counting(), BLOB, tmp_path / "file", pace=FixedPace())
+    assert max(most) == 5
 
 
 def test_two_fetches_of_one_file_do_the_work_once(hub: HubHere, tmp_path: Path) -> None:
@@ -215,3 +244,109 @@ def test_two_fetches_of_one_file_do_the_work_once(hub: HubHere, tmp_path: Path) 
             future.result()
     assert len(hub.asked) == 11
     assert (tmp_path / "file").read_bytes() == DATA
+
+
+# --- many files -------------------------------------------------------------------------------
+
+
+def three_files(folder: Path) -> list[Wanted]:
+    sizes = {"blob": len(DATA), "empty": 0, "even": 3 * SMALL}
+    return [Wanted(Resource(name, size, size), folder / name, b"head") for name, size in sizes.items()]
+
+
+def test_files_follow_each_other_without_a_pause(hub: HubHere, tmp_path: Path) -> None:
+    # While the last pieces of one are under way, the first of the next are asked for.
+    fetch_files(hub, tmp_path, three_files(tmp_path), pace=FixedPace())
+    for name, data in (("blob", DATA), ("empty", b""), ("even", DATA[: 3 * SMALL])):
+        assert (tmp_path / name).read_bytes() == b"head" + data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blob", "empty", "even"]
+    assert len(hub.asked) == 11 + 1 + 3
+
+
+def test_of_many_files_only_the_spoilt_one_is_fetched_again(hub: HubHere, tmp_path: Path) -> None:
+    hub.mangle = spoil(10 * SMALL, times=1)
+    fetch_files(hub, tmp_path, three_files(tmp_path))
+    assert (tmp_path / "blob").read_bytes() == b"head" + DATA
+    assert hub.names == ["blob"] * 11 + ["empty"] + ["even"] * 3 + ["blob"] * 11
+
+
+def test_what_was_whole_when_the_hub_died_is_kept(hub: HubHere, tmp_path: Path) -> None:
+    hub.dies_after = 14
+    with pytest.raises(HubUnreachable):
+        fetch_files(hub, tmp_path, three_files(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blob", "empty", "even.part"]
+    hub.asked.clear()
+    hub.dies_after = 10**9
+    fetch_files(hub, tmp_path, three_files(tmp_path))
+    assert hub.names == ["even"] * (3 - (hub.asked[0].offset // SMALL))
+
+
+# --- packed pieces ----------------------------------------------------------------------------
+
+WEIGHTS = b"".join(struct.pack("<f", 1.0 + number / 1e6) for number in range(2500))
+
+
+def test_pieces_of_numbers_come_packed_over_a_slow_link(tmp_path: Path) -> None:
+    hub, sizes = HubHere(lambda _: Blob(WEIGHTS)), []
+    hub.mangle = lambda _, chunk: sizes.append(chunk.data.nbytes) or chunk  # type: ignore[func-returns-value]
+    fetch_file(hub, Resource("w", 1 << 20, element=4), tmp_path / "file", b"head")
+    assert (tmp_path / "file").read_bytes() == b"head" + WEIGHTS
+    assert sum(sizes) < 0.8 * len(WEIGHTS)
+    # What an interrupted fetch leaves need not end where a number does.
+    os.truncate(tmp_path / "file", 4 + 1237)
+    (tmp_path / "file").rename(tmp_path / "file.part")
+    fetch_file(hub, Resource("w", 1 << 20, element=4), tmp_path / "file", b"head")
+    assert (tmp_path / "file").read_bytes() == b"head" + WEIGHTS
+
+
+def test_over_a_fast_link_nothing_is_packed(tmp_path: Path) -> None:
+    now = [0.0]
+    pace = Pace(lambda: now[0])
+    pace.begin()
+    now[0] += 1.0
+    pace.arrived(int(2 * SLOW_BYTES_PER_S))
+    hub = HubHere(lambda _: Blob(WEIGHTS))
+    fetch_file(hub, Resource("w", 1 << 20, element=4), tmp_path / "file", pace=pace)
+    assert hub.asked[0].element == 0
+
+
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def get_adapter(hub: HubHere, folder: Path, name: str = "adapter/5/1:1") -> bytes:
+    return fetch_adapter(hub, name, folder, Seen(), Pace())
+
+
+def test_an_adapter_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    hub = HubHere(lambda _: Blob(DATA))
+    hub.dies_after = 6
+    with pytest.raises(HubUnreachable):
+        get_adapter(hub, tmp_path)
+    hub.asked.clear()
+    hub.dies_after = 10**9
+    assert get_adapter(hub, tmp_path) == DATA
+    assert [asked.offset for asked in hub.asked[:2]] == [0, 5 * SMALL]
+    assert hub.asked[0].length == 0
+    hub.asked.clear()
+    assert get_adapter(hub, tmp_path) == DATA
+    assert len(hub.asked) == 1
+
+
+def test_another_adapter_under_the_same_version_is_another(tmp_path: Path) -> None:
+    # A hub that died after publishing may publish something else under that number.
+    hub = HubHere(lambda _: Blob(DATA))
+    hub.dies_after = 6
+    with pytest.raises(HubUnreachable):
+        get_adapter(hub, tmp_path)
+    for turn in range(4):
+        assert get_adapter(HubHere(lambda _, turn=turn: Blob(DATA[turn:])), tmp_path) == DATA[turn:]  # type: ignore[misc]
+        os.utime(tmp_path / hashlib.sha256(DATA[turn:]).hexdigest(), (turn, turn))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_copy_of_an_adapter_is_fetched_again(tmp_path: Path) -> None:
+    hub = HubHere(lambda _: Blob(DATA))
+    get_adapter(hub, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(DATA[:-1])
+    assert get_adapter(hub, tmp_path) == DATA

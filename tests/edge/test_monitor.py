@@ -137,3 +137,12 @@ def test_names_are_grey_and_figures_are_not():
     at = view.plain.index("scale 0.020")
     assert view.get_style_at_offset(console, at).dim
     assert not view.get_style_at_offset(console, at + len("scale ")).dim
+
+
+def test_what_is_wrong_with_the_hub_stands_in_the_place_of_the_phase():
+    silent = dataclasses.replace(SNAPSHOT, trouble="hub silent for 16 s, retrying")
+    text = "\n".join(drawn(silent, 80, 24))
+    assert "● hub silent for 16 s, retrying" in text
+    assert "● training" not in text
+    view, console = VIEW.render(silent, 80, 23), Console(file=io.StringIO())
+    assert view.get_style_at_offset(console, view.plain.index("hub silent")).color.name == "red"

@@ -18,8 +18,9 @@ from blocks.remote import build_edge
 from blocks.source import open_model
 from blocks.surgery import load
 from edge import fetch
-from edge.remote_model import RemoteModel
+from edge.remote_model import RemoteModel, RemoteSource
 from hub.library import Library
+from messaging.console import Journal, Task, tasks
 from messaging.errors import HubUnreachable, ProtocolError
 from tests.support.folders import sharded_model, single_model, stored, watch_reads
 from tests.support.here import Blob, HubHere
@@ -90,6 +91,32 @@ def test_a_tensor_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     hub.asked.clear()
     assert torch.equal(source.read(EMBEDDING, torch.float32), stored(tmp_path / "model")[EMBEDDING])
     assert hub.asked[0].offset >= 8 * SMALL
+
+
+def test_blocks_come_in_one_transfer_and_are_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, hub = serve(sharded_model(tmp_path / "model"))
+    journal = Journal()
+    source = RemoteModel(hub, tmp_path / "cache", library.hash, journal).open().source
+    assert isinstance(source, RemoteSource)
+    names = [EMBEDDING, "model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+    source.read("model.norm.weight", torch.float32)
+    hub.asked.clear()
+    told: list[tuple[str, float | None, float]] = []
+
+    class Told(Task):
+        def advance(self, count: float = 1) -> None:
+            told.append((self.title, self.total, count))
+
+    monkeypatch.setattr(tasks, "Task", Told)
+    source.fetch(names)
+    size = sum(source.info(name).nbytes for name in names if name != "model.norm.weight")
+    assert set(hub.names) == {f"tensor/{EMBEDDING}", "tensor/model.layers.0.mlp.up_proj.weight"}
+    assert {entry[:2] for entry in told} == {("fetching blocks", size)}
+    assert sum(count for _, _, count in told) == size
+    hub.asked.clear()
+    for name in names:
+        assert torch.equal(source.read(name, torch.float32), stored(tmp_path / "model")[name])
+    assert hub.asked == []
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +157,79 @@ def test_export_writes_the_last_published_adapter(folder: Path, tmp_path: Path) 
 
     assert torch.equal(load_file(out / "adapter_model.safetensors")[NAME], torch.full((4, 8), 2.0))
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("1d", 86400), ("0.5h", 1800)]
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert admin.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-5m", "1 h", "1w", "inf", "nan", "1e9", "10m5s"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(InputError, match="10m or 2h"):
+        admin.seconds(text)
+
+
+def test_an_invitation_for_a_name_and_the_list_of_those_that_are_open(folder: Path) -> None:
+    data = admin.invite(folder, ttl_s=3600, name="clinic")
+    assert "good for 1 edge, which gets the name clinic, until" in shown(admin.show_invite, data)
+    admin.invite(folder, uses=3)
+    listed = admin.edges(folder)
+    assert [(open_["uses_left"], open_["name"]) for open_ in listed["invitations"]] == [(3, None), (1, "clinic")]
+    text = shown(admin.show_edges, listed)
+    assert "an invitation for 3 edges is open until" in text
+    assert "an invitation for the name clinic is open until" in text
+    assert JoinString.parse(data["join"]).token.hex() not in json.dumps(listed)
+
+
+def test_edges_with_open_sessions(folder: Path) -> None:
+    with HubState.open(folder, exclusive=True) as hub:
+        token = hub.access.invite(uses=2)
+        for name in ("clinic", "bank"):
+            hub.access.enrol(token, new_keys().public, name)
+        row = EdgeRow("clinic", "1:1", "training", sessions=2)
+        hub.write_status(asdict(HubSnapshot("pocket", "f32", "training", edges=(row,))))
+        listed = admin.edges(folder)
+        assert [edge["sessions"] for edge in listed["edges"]] == [2, 0]
+        assert "here, 2 sessions" in shown(admin.show_edges, listed)
+    assert [edge["sessions"] for edge in admin.edges(folder)["edges"]] == [0, 0], "a stopped hub has none"
+
+
+def test_rotate_key_says_who_was_not_here_since(folder: Path) -> None:
+    with HubState.open(folder, exclusive=True) as hub:
+        keys = {name: new_keys().public for name in ("clinic", "bank", "gone")}
+        token = hub.access.invite(uses=3)
+        for name, key in keys.items():
+            hub.access.enrol(token, key, name)
+        hub.access.record_seen(keys.values())
+        hub.access.revoke("gone")
+        data = admin.rotate_key(folder)
+        assert data["untold"] == ["clinic", "bank"]
+        assert "not here since" in shown(admin.show_rotate_key, data)
+        hub.access.record_seen(keys.values())
+        again = admin.rotate_key(folder)
+        assert (again["key"], again["untold"]) == (data["key"], [])
+        assert "restart the hub when it suits you" in shown(admin.show_rotate_key, again)
+    assert "need a new join string" in shown(admin.show_rotate_key, admin.rotate_key(folder))
+
+
+def test_the_audit_log_is_shown(folder: Path) -> None:
+    assert "nothing has happened yet" in shown(admin.show_audit, admin.audit(folder, 5))
+    for number in range(4):
+        admin.invite(folder, name=f"edge-{number}")
+    with HubState.open(folder, exclusive=True) as hub:
+        hub.audit.write("enrolment refused", name="evil", reason="\x1b[31mred")
+    data = admin.audit(folder, 3)
+    assert [event.get("name") for event in data["events"]] == ["edge-2", "edge-3", "evil"]
+    text = shown(admin.show_audit, data, width=30)
+    assert len(text.splitlines()) == 3
+    assert "\x1b" not in text
+
+
+def test_an_invitation_has_the_key_that_the_hub_will_have(folder: Path) -> None:
+    with HubState.open(folder, exclusive=True) as hub:
+        announced, _ = hub.rotate_keys()
+        assert JoinString.parse(admin.invite(folder)["join"]).hub == ADDRESS
+    assert JoinString.parse(admin.invite(folder)["join"]).hub == replace(ADDRESS, key=announced)

@@ -14,9 +14,18 @@ from safetensors.torch import load, save
 from blocks.manifest import parse_manifest
 from blocks.source import ModelFiles, open_model
 from hub.library import Library, Resource
+from hub.parts import Part
 from messaging.errors import ErrorCode, HubError
 from tests.support.folders import sharded_model, stored
 
+#: An adapter of four layers.
+LORA = {
+    f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{which}.weight": torch.full(
+        (4, 16 + layer), layer + 0.5
+    )
+    for layer in range(4)
+    for which in "AB"
+}
 INITIAL = save({"lora": torch.arange(6.0)})
 
 
@@ -34,7 +43,7 @@ def files(tmp_path: Path) -> ModelFiles:
 
 @pytest.fixture
 def library(files: ModelFiles, tmp_path: Path) -> Library:
-    data = save({"lora": torch.ones(100)})
+    data = save(LORA)
     path = tmp_path / "v3.safetensors"
     path.write_bytes(data)
     adapters = {3: Adapter(path, hashlib.sha256(data).hexdigest(), len(data))}
@@ -64,7 +73,55 @@ def test_the_manifest_lists_what_can_be_had(library: Library, files: ModelFiles)
 
 def test_adapters_are_found_by_their_version(library: Library) -> None:
     assert torch.equal(load(whole(library.open("adapter/0")))["lora"], torch.arange(6.0))
-    assert torch.equal(load(whole(library.open("adapter/3")))["lora"], torch.ones(100))
+    assert load(whole(library.open("adapter/3"))).keys() == LORA.keys()
+
+
+def lora(layer: int, which: str = "A") -> str:
+    return f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{which}.weight"
+
+
+@pytest.mark.parametrize(
+    ("partition", "layers"),
+    [("1:1", (0, 3)), ("1:0", (0,)), ("2:1", (0, 1, 3)), ("1:2", (0, 2, 3)), ("3:0", (0, 1, 2))],
+)
+def test_an_edge_gets_the_tensors_of_its_layers_alone(
+    library: Library, partition: str, layers: tuple[int, ...]
+) -> None:
+    whole_size = library.open("adapter/3").total
+    part = library.open(f"adapter/3/{partition}")
+    for step in (1, 7, 1000, 1 << 20):
+        tensors = load(whole(part, step))
+        assert tensors.keys() == {lora(layer, which) for layer in layers for which in "AB"}
+    for name, value in tensors.items():
+        assert torch.equal(value, LORA[name])
+    assert part.total < whole_size
+    assert library.open(f"adapter/3/{partition}") is part
+    # The same bytes, whoever makes them: an upload to a restarted hub, or a fetch from it, goes on.
+    assert Part(library.open("adapter/3"), lambda name: name in tensors).sha256 == part.sha256
+
+
+def test_the_initial_adapter_has_parts_too(files: ModelFiles) -> None:
+    library = Library(files, lambda _: None, save(LORA))
+    assert load(whole(library.open("adapter/0/1:0"))).keys() == {lora(0), lora(0, "B")}
+
+
+def test_a_part_is_made_anew_when_its_version_is_published_anew(files: ModelFiles, tmp_path: Path) -> None:
+    path, kept = tmp_path / "v.safetensors", {}
+
+    def publish(tensors: dict[str, torch.Tensor]) -> None:
+        data = save(tensors)
+        path.write_bytes(data)
+        kept[3] = Adapter(path, hashlib.sha256(data).hexdigest(), len(data))
+
+    library = Library(files, kept.get, INITIAL)
+    publish(LORA)
+    assert torch.equal(load(whole(library.open("adapter/3/1:0")))[lora(0)], LORA[lora(0)])
+    publish({name: -value for name, value in LORA.items()})
+    assert torch.equal(load(whole(library.open("adapter/3/1:0")))[lora(0)], -LORA[lora(0)])
+    for version in range(1, 40):
+        kept[version] = kept[3]
+        library.open(f"adapter/{version}/1:0")
+    assert len(library._parts) <= 16
 
 
 @pytest.mark.parametrize(
@@ -89,6 +146,16 @@ def test_adapters_are_found_by_their_version(library: Library) -> None:
         "adapter/٣",
         "adapter/" + "9" * 400,
         "adapter/",
+        "adapter/3/",
+        "adapter/3/1",
+        "adapter/3/0:1",
+        "adapter/3/01:1",
+        "adapter/3/1:-1",
+        "adapter/3/2:2",
+        "adapter/3/4:0",
+        "adapter/3/9999:9999",
+        "adapter/1/1:1",
+        "adapter/3/1:1/1:1",
     ],
 )
 def test_nothing_else_is_served(library: Library, name: str) -> None:
@@ -97,7 +164,9 @@ def test_nothing_else_is_served(library: Library, name: str) -> None:
     assert raised.value.code == ErrorCode.NO_RESOURCE
 
 
-@pytest.mark.parametrize("name", ["manifest", "file/config.json", "tensor/model.norm.weight", "adapter/3", "adapter/0"])
+@pytest.mark.parametrize(
+    "name", ["manifest", "file/config.json", "tensor/model.norm.weight", "adapter/3", "adapter/0", "adapter/3/1:1"]
+)
 def test_reading_ends_where_the_resource_ends(library: Library, name: str) -> None:
     resource = library.open(name)
     assert len(resource.read(resource.total - 3, 100)) == 3

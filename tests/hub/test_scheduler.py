@@ -222,8 +222,16 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (gradient(1), []),
         (gradient(2), [run_backward(1, 2)]),
         (ev.SmashedReceived(2, 777, 0, "again"), []),
-        (ev.GradientReceived(2, 778, 0, "again"), [refused(2, 778, ErrorCode.BEHIND)]),
-        (backward_done(1, 2), [grad(1), refused(2, 777, ErrorCode.BEHIND), grad(2)]),
+        (ev.GradientReceived(2, 778, 0, "again"), []),
+        (
+            backward_done(1, 2),
+            [
+                grad(1),
+                act.AnswerBackward(2, 778, 0, "d2", 1, False),
+                refused(2, 777, ErrorCode.BEHIND),
+                grad(2),
+            ],
+        ),
         (ev.SmashedReceived(2, 779, 0, "again"), [refused(2, 779, ErrorCode.BEHIND)]),
     ],
     "a newer request takes the place of one that waits": [

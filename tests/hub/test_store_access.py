@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hub.store.access import clean_name
+from hub.store.database import SCHEMA_VERSION, Database, create_database
 from hub.store.state import HubState
 from messaging.errors import InputError, Refused
 from messaging.keys import new_keys
@@ -231,3 +233,139 @@ def test_revoking_in_another_process_takes_effect_within_a_second(state: HubStat
     assert seen[0] - float(done.stdout) < 1.0
     assert state.access.name_of(bad) is None
     assert state.access.name_of(good) == "good"
+
+
+# -- invitations for a name ------------------------------------------------------------------------
+
+
+def test_an_invitation_for_a_name_gives_one_edge_that_name(state: HubState) -> None:
+    token = state.access.invite(name="clinic")
+    (open_,) = state.access.invitations()
+    assert (open_.name, open_.uses_left) == ("clinic", 1)
+    assert state.access.enrol(token, key(), "whatever") == "clinic"
+    assert state.access.invitations() == []
+    with pytest.raises(Refused, match="used up"):
+        state.access.enrol(token, key(), "clinic")
+
+
+def test_nobody_else_gets_a_name_that_somebody_is_invited_under(state: HubState, clock: Clock) -> None:
+    named, other = state.access.invite(name="clinic"), state.access.invite(uses=3)
+    assert state.access.enrol(other, key(), "clinic") == "clinic-2"
+    assert state.access.enrol(named, key(), "x") == "clinic"
+    state.access.invite(name="bank", ttl_s=1)
+    clock.now += 2
+    assert state.access.enrol(other, key(), "bank") == "bank"
+
+
+@pytest.mark.parametrize(("name", "uses"), [("a b", 1), ("", 1), ("x" * 49, 1), ("clinic", 2)])
+def test_names_that_nobody_can_be_invited_under(state: HubState, name: str, uses: int) -> None:
+    with pytest.raises(InputError):
+        state.access.invite(uses, name=name)
+
+
+def test_a_name_that_was_ever_taken_is_invited_no_more(state: HubState) -> None:
+    first, second = state.access.invite(name="clinic"), state.access.invite(name="clinic")
+    mine = key()
+    state.access.enrol(first, mine, "")
+    with pytest.raises(Refused, match="taken by now"):
+        state.access.enrol(second, key(), "")
+    state.access.revoke("clinic")
+    with pytest.raises(InputError, match="has, or had"):
+        state.access.invite(name="clinic")
+
+
+def test_invitations_that_are_open(state: HubState, clock: Clock) -> None:
+    token = state.access.invite(uses=2, ttl_s=60)
+    state.access.invite(ttl_s=30)
+    assert [open_.uses_left for open_ in state.access.invitations()] == [1, 2]
+    state.access.enrol(token, key(), "a")
+    clock.now += 30
+    assert [open_.uses_left for open_ in state.access.invitations()] == [1]
+    with pytest.raises(InputError):
+        state.access.invite(ttl_s=366 * 86400)
+
+
+# -- replaced keys ---------------------------------------------------------------------------------
+
+
+def test_a_replaced_key_is_out_and_the_new_one_is_the_same_edge(state: HubState) -> None:
+    first, second, third = key(), key(), key()
+    state.access.enrol(state.access.invite(), first, "clinic")
+    assert state.access.replace(first, second) == "clinic"
+    assert (state.access.name_of(first), state.access.name_of(second)) == (None, "clinic")
+    assert state.access.origin_of(second) == first
+    state.access.replace(first, third)
+    assert (state.access.name_of(second), state.access.name_of(third)) == (None, "clinic")
+    assert (state.access.origin_of(third), state.access.present_key(first)) == (first, third)
+    assert state.access.name_by_origin(first) == "clinic"
+    state.access.record_seen([first])
+    (edge,) = state.access.edges()
+    assert (edge.key, edge.name, edge.last_seen) == (third, "clinic", 1_000_000.0)
+
+
+def test_a_replaced_key_cannot_join_again(state: HubState) -> None:
+    first, second = key(), key()
+    token = state.access.invite(uses=5)
+    state.access.enrol(token, first, "clinic")
+    state.access.replace(first, second)
+    with pytest.raises(Refused, match="replaced"):
+        state.access.enrol(token, first, "clinic")
+    assert (state.access.standing(first), state.access.standing(second)) == ("replaced", "enrolled")
+    assert "replaced" in state.access.why_not(first)
+    state.access.revoke("clinic")
+    assert (state.access.standing(second), state.access.standing(key())) == ("revoked", "unknown")
+    assert "revoked" in state.access.why_not(second)
+    assert "does not know" in state.access.why_not(key())
+    assert state.access.name_by_origin(first) is None
+
+
+def test_keys_that_cannot_take_the_place_of_another(state: HubState) -> None:
+    first, second, other = key(), key(), key()
+    token = state.access.invite(uses=2)
+    state.access.enrol(token, first, "clinic")
+    state.access.enrol(token, other, "bank")
+    state.access.replace(first, second)
+    for wrong in (first, second, other, "", "x" * 39, "#" * 40):
+        with pytest.raises(Refused, match="new key"):
+            state.access.replace(first, wrong)
+    assert state.access.name_of(second) == "clinic"
+    state.access.revoke("clinic")
+    with pytest.raises(Refused, match="enrolled"):
+        state.access.replace(first, key())
+    with pytest.raises(Refused, match="enrolled"):
+        state.access.replace(key(), key())
+
+
+# -- files of the version before -------------------------------------------------------------------
+
+_VERSION_1 = """
+CREATE TABLE keys (key TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, enrolled_at REAL NOT NULL, revoked_at REAL,
+    last_seen REAL);
+CREATE TABLE tokens (sha256 TEXT PRIMARY KEY, uses_left INTEGER NOT NULL, expires_at REAL NOT NULL);
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE manifest (kind TEXT NOT NULL, number INTEGER NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
+    written_at REAL NOT NULL, note TEXT NOT NULL, PRIMARY KEY (kind, number));
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_state_of_the_version_before_keeps_its_edges(tmp_path: Path) -> None:
+    mine = key()
+    old = sqlite3.connect(tmp_path / "hub.db")
+    old.executescript(_VERSION_1)
+    old.execute("INSERT INTO keys VALUES (?, 'clinic', 1.0, NULL, NULL)", (mine,))
+    old.commit()
+    old.close()
+    with pytest.raises(InputError, match="older FedSEA"):
+        HubState.open(tmp_path, exclusive=False)
+    with HubState.open(tmp_path, exclusive=True) as state:
+        assert state.access.name_of(mine) == "clinic"
+        assert state.access.origin_of(mine) == mine
+        second = key()
+        state.access.replace(mine, second)
+        assert state.access.enrol(state.access.invite(name="bank"), key(), "") == "bank"
+        assert state.access.present_key(mine) == second
+    create_database(tmp_path / "hub.db")
+    database = Database(tmp_path / "hub.db")
+    assert database.rows("PRAGMA user_version") == [(SCHEMA_VERSION,)]
+    database.close()

@@ -19,7 +19,7 @@ from hub.store.files import StoreError
 from hub.store.state import HubState, ModelInfo
 from messaging.errors import InputError, KeyFileError
 from messaging.joining import HubAddress
-from messaging.keys import new_keys
+from messaging.keys import load_keys, new_keys, save_keys
 from messaging.messages import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -162,3 +162,72 @@ def test_a_transaction_that_fails_changes_nothing(tmp_path: Path) -> None:
             fail(state)
         assert state._database.rows("SELECT * FROM meta") == []
         assert state.next_epoch() == 1
+
+
+# -- the hub's next key ----------------------------------------------------------------------------
+
+
+def test_the_announced_key_is_used_from_the_next_start_on(tmp_path: Path) -> None:
+    with open_hub(tmp_path) as state:
+        first = state.keys()
+        assert state.next_key() is None
+        assert not state.adopt_next_keys()
+        with HubState.open(tmp_path, exclusive=False) as beside:
+            announced, since = beside.rotate_keys()
+            assert beside.rotate_keys() == (announced, since)
+        assert state.next_key() == announced != first.public
+        assert state.keys() == first
+        assert stat.S_IMODE((tmp_path / "hub-next.key").stat().st_mode) == 0o600
+    with open_hub(tmp_path) as state:
+        assert state.adopt_next_keys()
+        assert state.keys().public == announced
+        assert state.next_key() is None
+        assert not (tmp_path / "hub-next.key").exists()
+        assert not state.adopt_next_keys()
+
+
+def test_a_key_that_was_made_but_not_announced_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_hub(tmp_path) as state:
+        first = state.keys()
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "_set", _die)
+            with pytest.raises(ZeroDivisionError):
+                state.rotate_keys()
+        made = load_keys(tmp_path / "hub-next.key").public
+    with open_hub(tmp_path) as state:
+        assert not state.adopt_next_keys()
+        assert state.keys() == first
+        assert state.rotate_keys()[0] == made
+
+
+def test_a_hub_killed_while_it_takes_its_new_key_has_it_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_hub(tmp_path) as state:
+        state.keys()
+        announced, _ = state.rotate_keys()
+        with monkeypatch.context() as patch:
+            patch.setattr("hub.store.state.take_over_keys", _die)
+            with pytest.raises(ZeroDivisionError):
+                state.adopt_next_keys()
+            patch.undo()
+            patch.setattr(state.audit, "write", _die)  # the file is in its place, the announcement still there
+            with pytest.raises(ZeroDivisionError):
+                state.adopt_next_keys()
+    with open_hub(tmp_path) as state:
+        assert state.adopt_next_keys()
+        assert state.keys().public == announced
+        assert state.next_key() is None
+
+
+def test_an_announced_key_that_is_lost_is_not_replaced_by_another(tmp_path: Path) -> None:
+    with open_hub(tmp_path) as state:
+        state.keys()
+        state.rotate_keys()
+        save_keys(tmp_path / "hub-next.key", new_keys())
+        with pytest.raises(KeyFileError, match="restore it"):
+            state.adopt_next_keys()
+
+
+def _die(*_: object, **__: object) -> None:
+    raise ZeroDivisionError

@@ -38,7 +38,9 @@ class LoopbackHub:
         self.names = Names()
         self.context: Context = zmq.Context()
         self.gatekeeper = Gatekeeper(self.context, self.names)
-        self.transport = HubTransport(self.context, self.keys, "tcp://127.0.0.1:0", max_frames)
+        self.transport = HubTransport(
+            self.context, self.keys, "tcp://127.0.0.1:0", max_frames, self.gatekeeper.approvals
+        )
         self.edges: list[EdgeTransport] = []
         self.waiting: list[Arrival] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,9 @@ from dataclasses import replace
 import pytest
 import zmq
 
-from messaging.access import Gatekeeper
+from messaging.access import Gate, Gatekeeper
 from messaging.edge_transport import EdgeTransport
-from messaging.keys import new_keys
+from messaging.keys import KeyPair, new_keys
 from messaging.transport import Channel, Connected, ConnectFailed, FailReason, LinkEvent
 
 FirstEvent = Callable[[EdgeTransport], LinkEvent]
@@ -143,3 +144,98 @@ def test_no_plain_connection(hub) -> None:
     assert hub.transport.poll(0.2) == []
     plain.close()
     context.term()
+
+
+# -- the gate: a gatekeeper that is replaced when it dies ------------------------------------------
+
+
+@pytest.fixture
+def gate(hub) -> Gate:
+    """The hub's gatekeeper in a gate."""
+    hub.gatekeeper.stop()
+    gate = Gate(hub.context, hub.names)
+    hub.gatekeeper = gate
+    return gate
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def refused(hub, keys: KeyPair) -> bool:
+    edge = hub.edge(keys)
+    edge.poll(0.3)
+    return Connected(Channel.CTL) not in edge.link_events() and hub.transport.poll(0) == []
+
+
+def test_a_dead_gatekeeper_is_told_and_replaced(
+    hub, gate: Gate, first_event: FirstEvent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = hub.enrolled()
+    assert first_event(hub.edge(keys)) == Connected(Channel.CTL)
+    assert gate.check() is None
+    with monkeypatch.context() as patch:
+
+        def die(keeper: Gatekeeper) -> None:
+            raise RuntimeError("nobody thought of this")
+
+        patch.setattr(Gatekeeper, "_answer_one", die)
+        assert refused(hub, keys)
+        wait_until(gate._keeper.ended)
+    assert refused(hub, keys)
+    assert refused(hub, new_keys())
+    news = gate.check()
+    assert news is not None
+    assert "ALARM" in news
+    assert "nobody thought of this" in news
+    assert gate.check() is None
+    assert first_event(hub.edge(keys)) == Connected(Channel.CTL)
+    assert first_event(hub.edge(new_keys())) == ConnectFailed(Channel.CTL, FailReason.NOT_ENROLLED)
+
+
+def test_a_gatekeeper_that_hangs_is_told_and_its_return_too(
+    hub, gate: Gate, first_event: FirstEvent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("messaging.access._SILENT_S", 0.3)
+    monkeypatch.setattr("messaging.access._BEAT_S", 0.05)
+    keys, stuck = hub.enrolled(), threading.Event()
+    name_of = hub.names.name_of
+    hub.names.name_of = lambda key: (stuck.wait(10), name_of(key))[1]
+    edge = hub.edge(keys)
+    wait_until(lambda: not gate._keeper.alive())
+    news = gate.check()
+    assert news is not None
+    assert "has not answered" in news
+    assert gate.check() is None
+    stuck.set()
+    assert first_event(edge) == Connected(Channel.CTL)
+    wait_until(gate._keeper.alive)
+    assert "answered again" in str(gate.check())
+
+
+def test_a_failing_list_is_told_now_and_then(hub, gate: Gate, first_event: FirstEvent) -> None:
+    hub.names.broken = True
+    for _ in range(3):
+        assert first_event(hub.edge(new_keys())) == ConnectFailed(Channel.CTL, FailReason.HUB_TROUBLE)
+    assert "failed 3 times (OSError('the disk is gone'))" in str(gate.check())
+    assert first_event(hub.edge(new_keys())) == ConnectFailed(Channel.CTL, FailReason.HUB_TROUBLE)
+    assert gate.check() is None
+
+
+def test_whom_it_turns_away_is_told_with_address_and_key(hub, first_event: FirstEvent) -> None:
+    hub.gatekeeper.stop()
+    seen = []
+
+    def witness(*facts: str) -> None:
+        seen.append(facts)
+        raise OSError("the log is full")
+
+    hub.gatekeeper = Gatekeeper(hub.context, hub.names, witness)
+    stranger, keys = new_keys(), hub.enrolled()
+    assert first_event(hub.edge(stranger)) == ConnectFailed(Channel.CTL, FailReason.NOT_ENROLLED)
+    assert first_event(hub.edge(keys)) == Connected(Channel.CTL)
+    assert seen == [(stranger.public, "127.0.0.1", "not enrolled")]
+    assert hub.gatekeeper.failures == 1

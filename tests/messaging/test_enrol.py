@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from messaging.enrol import enrol
+from messaging.enrol import enrol, lets_in
 from messaging.errors import ErrorCode, HubUnreachable, ProtocolError, Refused
 from messaging.framing import decode, encode
 from messaging.joining import JoinString
@@ -59,8 +59,8 @@ def test_the_token_binds_the_key(hub) -> None:
 
 
 def test_a_spent_token(hub) -> None:
-    error = Packet(Error(ErrorCode.TOKEN, 0, "spent"))
-    with answering(hub, lambda message, key: error) as join, pytest.raises(Refused, match="hub invite"):
+    error = Packet(Error(ErrorCode.TOKEN, 0, "used up: ask for another"))
+    with answering(hub, lambda message, key: error) as join, pytest.raises(Refused, match="used up: ask for another"):
         enrol(join, new_keys(), "ward 3", 5)
 
 
@@ -72,8 +72,8 @@ def test_another_refusal(hub) -> None:
 
 def test_a_hub_of_another_version(hub) -> None:
     with (
-        answering(hub, lambda message, key: [b"\x92\x02\x63"]) as join,
-        pytest.raises(ProtocolError, match="version 2"),
+        answering(hub, lambda message, key: [b"\x92\x63\x63"]) as join,
+        pytest.raises(ProtocolError, match="version 99"),
     ):
         enrol(join, new_keys(), "ward 3", 5)
 
@@ -90,3 +90,22 @@ def test_nobody_there(hub) -> None:
         join = JoinString(replace(hub.address, enrol=closed.getsockname()[1]), TOKEN)
         with pytest.raises(HubUnreachable, match="is it running"):
             enrol(join, new_keys(), "ward 3", 0.4)
+
+
+def test_whether_a_key_is_let_in(hub) -> None:
+    assert lets_in(hub.address, hub.enrolled(), 5)
+    assert not lets_in(hub.address, new_keys(), 5)
+    with pytest.raises(Refused, match="another key"):
+        lets_in(replace(hub.address, key=new_keys().public), hub.enrolled(), 5)
+
+
+def test_a_list_that_fails_for_a_while_is_asked_again(hub) -> None:
+    keys = hub.enrolled()
+    hub.names.broken = True
+    mended = threading.Timer(0.5, setattr, (hub.names, "broken", False))
+    mended.start()
+    assert lets_in(hub.address, keys, 10)
+    mended.join()
+    hub.names.broken = True
+    with pytest.raises(HubUnreachable):
+        lets_in(hub.address, keys, 0.5)

@@ -18,6 +18,7 @@ from messaging.messages import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     MAX_TENSOR_BYTES,
+    PROTOCOL_VERSION,
     TO_EDGE,
     TO_HUB,
     UNORDERED_BASE,
@@ -268,9 +269,10 @@ def test_too_few_and_too_many_fields() -> None:
 
 @pytest.mark.parametrize("rest", [[], [1], ["other", {"shape": 1}], [msgpack.ExtType(9, b"x")], [b"x" * 5000]])
 def test_another_version_is_told_whatever_the_rest(rest: list[object]) -> None:
-    with pytest.raises(VersionMismatch, match="version 2") as caught:
-        decode([msgpack.packb([2, *rest])], TO_HUB)
-    assert (caught.value.theirs, caught.value.ours) == (2, 1)
+    other = PROTOCOL_VERSION + 1
+    with pytest.raises(VersionMismatch, match=f"version {other}") as caught:
+        decode([msgpack.packb([other, *rest])], TO_HUB)
+    assert (caught.value.theirs, caught.value.ours) == (other, PROTOCOL_VERSION)
 
 
 @pytest.mark.parametrize("version", [0, -1, True, "1", None, 1.0])

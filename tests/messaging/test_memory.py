@@ -53,7 +53,7 @@ def test_cut_and_reset() -> None:
     edge.send(Channel.CTL, [b"x"])
     old = hub.poll(0)[0].route
     edge.link_events()
-    hub.cut("a")
+    hub.cut_off("a")
     assert edge.link_events() == [Disconnected(Channel.CTL), Connected(Channel.CTL)]
     assert hub.send(old, [b"late"]) is SendResult.GONE
     assert edge.send(Channel.CTL, [b"y"])

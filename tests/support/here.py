@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from blocks.planes import pack
 from messaging.errors import FedseaError, HubUnreachable
 from messaging.framing import decode, encode
 from messaging.messages import TO_EDGE, AnyMessage, Chunk, Fetch, Packet, Tensor
@@ -38,7 +39,9 @@ class HubHere:
             raise HubUnreachable("the hub was switched off")
         resource = self._find(asked.resource)
         data = resource.read(asked.offset, asked.length)
-        chunk = Chunk(asked.offset, resource.total, resource.sha256, Tensor("u8", (len(data),), (data,)))
+        packed = pack(data, asked.element) if asked.element else None
+        element, data = (0, data) if packed is None else (asked.element, packed)
+        chunk = Chunk(asked.offset, resource.total, resource.sha256, element, Tensor("u8", (len(data),), (data,)))
         answer = self.mangle(asked, chunk)
         return decode([bytes(frame) for frame in encode(Packet(answer))], TO_EDGE).message
 

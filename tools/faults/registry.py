@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from tools.faults import access, files, gate, hostile, kills, links, poison
 from tools.faults.fault import Fault
 
-FAULTS: tuple[Fault, ...] = ()
+FAULTS: tuple[Fault, ...] = (
+    *kills.FAULTS,
+    *links.FAULTS,
+    *hostile.FAULTS,
+    *access.FAULTS,
+    *gate.FAULTS,
+    *poison.FAULTS,
+    *files.FAULTS,
+)

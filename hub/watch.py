@@ -1,0 +1,96 @@
+"""Who is silent, who is back, and whom the cohort waits for: told once in the log, and on the screen as it lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from hub.scheduler.state import Phase, State
+from hub.sessions import Session
+from messaging.console import Journal
+from messaging.console.figures import duration
+from messaging.liveness import edge_silent_s
+
+#: How long the others wait until it is said for whom.
+_WAITED_S = 5.0
+_MOST_NAMES = 3
+
+
+class Watch:
+    """Looks at sessions and cohort every now and then; the loop's thread alone does."""
+
+    def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
+        self._journal = journal
+        self._clock = clock
+        #: when each session that is silent was last heard, and its name
+        self._silent: dict[int, tuple[float, str]] = {}
+        #: the step and phase in which some wait for others, since when, and for whom
+        self._wait: tuple[object, float, tuple[str, ...]] = (None, 0.0, ())
+        self._busy_s = 0.0
+        self._busy_told = False
+
+    def look(self, sessions: Iterable[Session], state: State, busy_s: float) -> None:
+        """What has changed since the last look. `busy_s`: how long an overdue computation has taken, 0 for none."""
+        now, here = self._clock(), list(sessions)
+        limit = edge_silent_s(len(here))
+        for session in here:
+            self._look_at(session, now, limit)
+        for number in self._silent.keys() - {session.number for session in here}:
+            del self._silent[number]
+        self._look_at_cohort(state, now)
+        self._look_at_compute(busy_s)
+
+    @property
+    def trouble(self) -> str:
+        """What holds the cohort up, for the screen; empty when nothing does."""
+        if self._busy_s:
+            return f"busy with one computation for {duration(self._busy_s)}"
+        _, since, names = self._wait
+        waited = self._clock() - since
+        if not names or waited < _WAITED_S:
+            return ""
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        return f"waiting for {', '.join(names[:_MOST_NAMES])}{more} since {duration(waited)}"
+
+    def _look_at(self, session: Session, now: float, limit: float) -> None:
+        quiet = now - session.heard_at
+        before = self._silent.get(session.number)
+        if quiet > limit:
+            if before is None:
+                self._silent[session.number] = (session.heard_at, session.name)
+                self._journal.log(f"{session.name} silent for {duration(quiet)}")
+        elif before is not None:
+            del self._silent[session.number]
+            self._journal.log(f"{session.name} is back after {duration(session.heard_at - before[0])}")
+
+    def _look_at_cohort(self, state: State, now: float) -> None:
+        where = (state.phase, state.hub_step, state.round)
+        names = laggards(state)
+        since = self._wait[1] if self._wait[0] == where and self._wait[2] else now
+        self._wait = (where, since, names)
+
+    def _look_at_compute(self, busy_s: float) -> None:
+        if busy_s and not self._busy_told:
+            self._journal.log(f"the computation under way takes unusually long: {duration(busy_s)} so far")
+        elif self._busy_told and not busy_s:
+            self._journal.log(f"the computation is done after {duration(self._busy_s)} or more")
+        self._busy_s, self._busy_told = busy_s, bool(busy_s)
+
+
+def laggards(state: State) -> tuple[str, ...]:
+    """The members that others of the cohort wait for now, by name; empty while nobody waits, or the hub computes."""
+    if state.busy:
+        return ()
+    active = state.active
+    match state.phase:
+        case Phase.FORWARD:
+            here, asked = [m for m in active if m.smashed is not None], active
+        case Phase.BACKWARD:
+            asked = [m for m in active if m.inside is not None]
+            here = [m for m in asked if m.gradient is not None]
+        case Phase.CLOSING:
+            asked = [m for m in state.members.values() if m.contributes]
+            here = [m for m in asked if m.upload is not None]
+        case _:
+            return ()
+    ready = {member.session for member in here}
+    return tuple(sorted(m.name for m in asked if m.session not in ready)) if ready else ()

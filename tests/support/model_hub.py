@@ -1,0 +1,483 @@
+"""A hub without sockets, tensors and disk around the real scheduler; it holds what the scheduler says against rules.
+
+It does what `hub/server.py`, `hub/ledger.py`, `hub/desk.py` and `hub/worker.py` do with events, actions and
+checkpoints. A broken rule is an AssertionError that names it. Weights are hashes of everything that made them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from hub.membership import Answered, MemberNote, answered_of
+from hub.scheduler import Scheduler
+from hub.scheduler import actions as act
+from hub.scheduler import events as ev
+from hub.scheduler.state import Member, Phase, State
+from messaging.errors import ErrorCode, HubError, NotFinite
+from tests.support.model_edge import Adapter, Ask, Grad, Gradient, Hidden, Published, Smashed, Welcome, digest
+
+_TRAINING = (act.RunForward, act.RunBackward, act.CloseRound)
+
+
+@dataclass
+class Seat:
+    """A session, by its seat; `number` is that of the process that sits there."""
+
+    seat: int
+    number: int
+    name: str
+    train: bool
+    applied: int = 0
+    forwarded: int = 0
+    silent: bool = False
+    left: bool = False
+    #: its next request
+    request: int = 1
+
+
+@dataclass
+class Asked:
+    """A request without an answer; `number` is the process that asked."""
+
+    ask: Ask
+    number: int
+    reply: Callable[[object], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint."""
+
+    hub_step: int
+    round: int
+    round_step: int
+    version: int
+    applied: dict[str, int]
+    members: tuple[MemberNote, ...]
+    gathered: bool
+    answered: tuple[Answered, ...]
+    weights: str
+    log: tuple[tuple[str, ...], ...]
+
+
+@dataclass
+class Engine:
+    """What the compute thread owns. `log`: who was inside each optimizer step, in row order."""
+
+    weights: str = "initial"
+    log: tuple[tuple[str, ...], ...] = ()
+    pending: dict[int, Hidden] = field(default_factory=dict)
+    caches: set[tuple[int, int]] = field(default_factory=set)
+
+
+class ModelHub:
+    """`hello`, `ask` and `finish` are what happens to it; `kill` and `stop` end it and begin it anew."""
+
+    def __init__(self, cohort: int, round_steps: int, rounds: int) -> None:
+        self.cohort, self.round_steps, self.rounds = cohort, round_steps, rounds
+        self._numbers = count(1)
+        #: published adapters by version
+        self.published = {0: "initial"}
+        #: the newest checkpoint on the disk, and those that are being written
+        self.durable: Point | None = None
+        self.writing: list[Point] = []
+        self.starts = 0
+        self._begin()
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        point, self.writing = self.durable, []
+        self.starts += 1
+        state = State(self.cohort, self.round_steps, self.rounds)
+        if point is not None:
+            state.hub_step, state.round = point.hub_step, point.round
+            state.round_step, state.version = point.round_step, point.version
+        self.scheduler = Scheduler(state)
+        self.engine = Engine() if point is None else Engine(point.weights, point.log)
+        self.seats: dict[int, Seat] = {}
+        self.open: dict[tuple[int, int], Asked] = {}
+        self.computing: act.Compute | None = None
+        self.applied = {} if point is None else dict(point.applied)
+        self.begun = dict(self.applied)
+        self._due = True
+        #: caches to free that the scheduler was told of
+        self.owed: Counter[tuple[int, int]] = Counter()
+        #: who took a step in the open round, or was restored as one who did
+        self.trained: set[int] = set()
+        #: the latest answers that stand for a step, by seat
+        self.grads: dict[int, tuple[int, object, int, bool]] = {}
+        self.hiddens: dict[tuple[int, int], Hidden] = {}
+        self._passed_training = self._passed_inference = 0
+        self.seen = (state.version, state.round, state.hub_step)
+        if point is not None:
+            self._restore(point)
+
+    def _restore(self, point: Point) -> None:
+        """As `Server.restore`."""
+        state, answers = self.scheduler.state, {item.key: item for item in point.answered}
+        for note in point.members:
+            if note.left and not note.contributes:
+                continue
+            applied, number = self.applied.get(note.key, 0), next(self._numbers)
+            self.seats[number] = Seat(number, number, note.key, True, applied, applied)
+            member = state.members[number] = Member(number, note.key, applied, contributes=note.contributes)
+            if note.contributes:
+                self.trained.add(number)
+            known = answers.get(note.key)
+            if known is not None and known.grad.step == applied - 1:
+                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
+                assert isinstance(known.hidden.answer, Hidden)
+                self.hiddens[number, known.grad.step] = known.hidden.answer
+                given = known.grad
+                self.grads[number] = (given.step, given.answer, given.hub_step, given.closes)
+        if state.members and point.gathered and state.phase is Phase.GATHERING:
+            state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
+
+    def kill(self, written: int, published: bool) -> None:
+        """kill -9: `written` of the checkpoints under way reach the disk; `published`: so does that of a round."""
+        for point in self.writing[:written]:
+            self.durable = point
+        if published and isinstance(self.computing, act.CloseRound):
+            self._save_round(self.computing)
+        version = self.durable.version if self.durable is not None else 0
+        self.published = {number: made for number, made in self.published.items() if number <= version}
+        self._begin()
+
+    def stop(self) -> None:
+        """An orderly stop: what is computed is finished and answered, nothing is begun, a checkpoint is written."""
+        self.scheduler.state.stopping = True
+        if self.computing is not None:
+            self.finish()
+        assert self.computing is None, "a hub that stops begins nothing"
+        self.durable = self._point(stopping=True)
+        self._begin()
+
+    def _point(self, stopping: bool = False) -> Point:
+        """As `Ledger.progress`."""
+        state = self.scheduler.state
+        here = [(m, self.seats[m.session]) for m in state.members.values() if m.session in self.seats]
+        answered = [answered_of(member, seat.name) for member, seat in here] if stopping else []
+        return Point(
+            state.hub_step, state.round, state.round_step, state.version, dict(self.applied),
+            tuple(MemberNote(seat.name, (1, 1), member.contributes, member.left) for member, seat in here),
+            state.phase is not Phase.GATHERING, tuple(item for item in answered if item is not None),
+            self.engine.weights, self.engine.log,
+        )  # fmt: skip
+
+    # -- sessions ------------------------------------------------------------------------------------
+
+    def knows(self, number: int) -> bool:
+        """A session is open."""
+        return any(seat.number == number for seat in self.seats.values())
+
+    def _seat(self, number: int) -> Seat:
+        return next(seat for seat in self.seats.values() if seat.number == number)
+
+    def hello(self, name: str, train: bool = True) -> Welcome:
+        """As `Server._open`."""
+        number = next(self._numbers)
+        for old in [seat for seat in self.seats.values() if train and seat.train and seat.name == name]:
+            if old.seat in self.scheduler.state.members:
+                old.number, old.request, old.left = number, 1, False
+                self._forget_requests(old.seat)
+                self.tell(ev.EdgeRestarted(old.seat))
+                self.heard(old.seat)
+                return self.welcome(number)
+            self.gone(old.seat)
+        applied = self.applied.get(name, 0)
+        self.seats[number] = Seat(number, number, name, train, applied)
+        self.tell(ev.EdgeJoined(number, name, train, applied))
+        return self.welcome(number)
+
+    def welcome(self, number: int) -> Welcome:
+        """Where the hub is."""
+        state = self.scheduler.state
+        return Welcome(number, self._seat(number).applied, state.version, state.round)
+
+    def heard(self, seat: int) -> None:
+        """Something came from there."""
+        if self.seats[seat].silent:
+            self.seats[seat].silent = False
+            self.tell(ev.EdgeCameBack(seat))
+
+    def silent(self, seat: int) -> None:
+        """Nothing came for the grace."""
+        if self.seats[seat].train and not self.seats[seat].silent:
+            self.seats[seat].silent = True
+            self.tell(ev.EdgeFellSilent(seat))
+
+    def gone(self, seat: int) -> None:
+        """The session is closed. (The server forgets it first; the order of the two changes nothing.)"""
+        self._forget_requests(seat)
+        self.trained.discard(seat)
+        del self.seats[seat]
+        self.tell(ev.EdgeGone(seat))
+
+    def _forget_requests(self, seat: int) -> None:
+        self.open = {key: asked for key, asked in self.open.items() if key[0] != seat}
+        self.owed[seat, 0] += 1
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    def ask(self, number: int, ask: Ask, reply: Callable[[object], None]) -> None:
+        """A request arrives from a process with an open session."""
+        seat = self._seat(number)
+        self.heard(seat.seat)
+        request, seat.request = seat.request, seat.request + 1
+        match ask.kind:
+            case "upload":
+                self.tell(ev.AdapterUploaded(seat.seat, ask.number, ask.content))
+                reply(True)
+                return
+            case "leave":
+                self._leave(seat, bool(ask.content))
+                reply(True)
+                return
+            case "forward" if ask.number not in (seat.applied, seat.applied - 1):
+                reply(HubError(ErrorCode.BEHIND, "not the step that is next"))
+                return
+        self.open[seat.seat, request] = Asked(ask, number, reply)
+        match ask.kind:
+            case "forward":
+                again = ask.number < seat.forwarded
+                seat.forwarded = max(seat.forwarded, ask.number + 1)
+                same = digest(ask.content).encode() if again else b""
+                self.tell(ev.SmashedReceived(seat.seat, request, ask.number, ask.content, same))
+            case "gradient":
+                self.tell(ev.GradientReceived(seat.seat, request, ask.number, ask.content))
+            case "await":
+                self.tell(ev.RoundAwaited(seat.seat, request, ask.number))
+            case _:
+                self.tell(ev.InferReceived(seat.seat, request, ask.content))
+
+    def _leave(self, seat: Seat, done: bool) -> None:
+        seat.left = True
+        if not done and seat.seat in self.scheduler.state.members and not self.scheduler.state.members[seat.seat].left:
+            self.trained.discard(seat.seat)
+        self.tell(ev.EdgeLeft(seat.seat, done))
+        if not done:
+            self.gone(seat.seat)
+
+    def close_stream(self, seat: int, stream: int) -> None:
+        """A generation is over."""
+        self.owed[seat, stream] += 1
+        self.tell(ev.StreamClosed(seat, stream))
+
+    def checkpoint_due(self) -> None:
+        """The last checkpoint is old."""
+        if self._due and not self.writing:
+            self._due = False
+            self.tell(ev.CheckpointDue())
+
+    def written(self) -> None:
+        """The oldest checkpoint under way is on the disk."""
+        if self.writing:
+            self.durable, self._due = self.writing.pop(0), True
+
+    # -- what is computed ----------------------------------------------------------------------------
+
+    def finish(self, bad: int | None = None) -> None:
+        """The computation under way ends; the tensor of session `bad` is not finite."""
+        action, engine, bad_one = self.computing, self.engine, NotFinite("bad")
+        self.computing = None
+        match action:
+            case act.RunForward():
+                rows = [(s, p) for s, p in action.payloads if s != bad]
+                joined = digest(engine.weights, rows_of(rows))
+                engine.pending = {s: Hidden(joined, p) for s, p in rows}
+                answers: dict[int, object] = {s: engine.pending.get(s, bad_one) for s, _ in action.payloads}
+                digests = {s: digest(p).encode() for s, p in action.payloads}
+                self.hiddens |= {(s, hidden.rows.step): hidden for s, hidden in engine.pending.items()}
+                self.tell(ev.ForwardDone(answers, digests))
+            case act.RunBackward():
+                self._step(action, bad, bad_one)
+            case act.RunInfer():
+                engine.caches |= {(s, p[0]) for s, _, p in action.requests if p[0]}  # type: ignore[index]
+                self.tell(ev.InferDone(tuple((s, r, digest("x", p)) for s, r, p in action.requests)))
+            case act.CloseRound():
+                self._save_round(action)
+                self.writing, self._due = [], True
+                self.trained.clear()
+                self.begun = dict(self.applied)
+                self.tell(ev.RoundPublished(action.version))
+            case act.FreeStreams():
+                for session, stream in action.streams:
+                    engine.caches -= {at for at in engine.caches if at[0] == session and stream in (0, at[1])}
+                self.tell(ev.HousekeepingDone())
+
+    def _step(self, action: act.RunBackward, bad: int | None, bad_one: Exception) -> None:
+        engine, state = self.engine, self.scheduler.state
+        good = {s: g for s, g in action.gradients.items() if s != bad}
+        answers: dict[int, object] = {s: digest("grad", engine.weights, g) for s, g in good.items()}
+        if good:
+            inside = [(engine.pending[s].rows, good[s]) for s in engine.pending if s in good]
+            engine.weights = digest(engine.weights, inside)
+            engine.log = (*engine.log, tuple(rows.name for rows, _ in inside))
+        closes = state.round_step + bool(good) >= self.round_steps
+        for session in good:
+            rows, seat = engine.pending[session].rows, self.seats.get(session)
+            assert rows.step == self.applied.get(rows.name, 0), "an edge's steps are applied once each, in order"
+            self.applied[rows.name] = rows.step + 1
+            if seat is not None:
+                seat.applied = rows.step + 1
+                self.grads[session] = (rows.step, answers[session], len(engine.log), closes)
+                if not seat.silent and not seat.left:
+                    self.trained.add(session)
+        engine.pending = {}
+        self.tell(ev.BackwardDone({s: answers.get(s, bad_one) for s in action.gradients}))
+
+    def _save_round(self, action: act.CloseRound) -> None:
+        """As `Worker._close_round`: the adapter and the checkpoint are on the disk before anyone hears of them."""
+        point = self._point()
+        self.published[action.version] = digest("published", self.engine.weights, action.uploads)
+        members = tuple(replace(note, contributes=False) for note in point.members)
+        self.durable = replace(
+            point, round=action.round + 1, round_step=0, version=action.version, members=members, gathered=True
+        )
+
+    # -- what the scheduler says ---------------------------------------------------------------------
+
+    def tell(self, event: ev.Event) -> None:
+        """An event, its actions, and what must hold of them."""
+        request = (event.session, event.request) if hasattr(event, "request") else None
+        before = repr(self.scheduler.state)
+        gathering = self.scheduler.state.phase is Phase.GATHERING
+        actions = self.scheduler.handle(event)
+        for action in actions:
+            match action:
+                case act.Note():
+                    pass
+                case act.RunForward() | act.RunBackward() | act.RunInfer() | act.CloseRound() | act.FreeStreams():
+                    self._started(action, gathering)
+                case _:
+                    refused = isinstance(action, act.Refuse) and (action.session, action.request) == request
+                    if refused:
+                        assert repr(self.scheduler.state) == before, "what is refused changes nothing"
+                    self._answer(action, isinstance(event, ev.ForwardDone | ev.BackwardDone))
+
+    def _answer(self, action: act.Action, computed: bool) -> None:
+        assert not isinstance(action, act.Note | act.Compute)
+        asked = self.open.pop((action.session, action.request), None)
+        assert asked is not None, "every request is answered once, and nobody is who was killed or is gone"
+        seat, ask, value = self.seats[action.session], asked.ask, None
+        assert seat.number == asked.number, "no answer to one process reaches the next"
+        match action:
+            case act.Refuse():
+                value = HubError(action.code, action.text)
+            case act.AnswerForward(answer=Hidden() as hidden):
+                assert (ask.kind, ask.number) == ("forward", action.step), "an answer fits its question"
+                assert hidden.rows == ask.content, "other bytes are never answered from the record"
+                assert hidden == self.hiddens[action.session, action.step], "the same bytes are answered as before"
+                value = hidden
+            case act.AnswerBackward(answer=str()):
+                assert (ask.kind, ask.number) == ("gradient", action.step), "an answer fits its question"
+                given = (action.step, action.answer, action.hub_step, action.round_closes)
+                assert given == self.grads[action.session], "a gradient is answered as it was applied"
+                value = Grad(action.answer, action.hub_step, action.round_closes, self.begun.get(seat.name, 0))
+            case act.AnswerForward() | act.AnswerBackward():
+                assert computed, "a failure is told once, by the computation that failed"
+                value = HubError(ErrorCode.NOT_FINITE, "bad")
+            case act.AnswerInfer():
+                assert (ask.kind, digest("x", ask.content)) == ("infer", action.answer), "an answer fits its question"
+                value = action.answer
+            case act.AnswerRound():
+                value = self._round_answer(ask, action)
+        asked.reply(value)
+
+    def _round_answer(self, ask: Ask, action: act.AnswerRound) -> Published:
+        state = self.scheduler.state
+        assert ask.kind == "await", "an answer fits its question"
+        nothing_to_wait_for = state.phase is Phase.OVER or not state.round_step or not state.active
+        assert ask.number < state.round or nothing_to_wait_for, "who waits for a round hears when it is published"
+        assert (action.version, action.round) == (state.version, state.round), "a publication is the newest"
+        assert action.over == (bool(self.rounds) and state.round >= self.rounds), "over means the last round"
+        return Published(action.version, action.round, action.over)
+
+    def _started(self, action: act.Compute, gathering: bool) -> None:
+        assert self.computing is None, "one computation at a time"
+        assert not self.scheduler.state.stopping, "a hub that stops begins nothing"
+        self.computing = action
+        self._turns(action)
+        match action:
+            case act.RunForward():
+                self._check_forward(action, gathering)
+            case act.RunBackward():
+                self._check_backward(action)
+            case act.CloseRound():
+                self._check_round(action)
+            case act.FreeStreams():
+                self.owed.subtract(action.streams)
+                assert not +self.owed and not -self.owed, "all caches of closed streams are freed, once each"
+            case act.RunInfer():
+                asked = [self.open[session, request].ask for session, request, _ in action.requests]
+                assert [item[2] for item in action.requests] == [ask.content for ask in asked]
+                assert len({item[:2] for item in action.requests}) == len(action.requests), "each request runs once"
+
+    def _turns(self, action: act.Compute) -> None:
+        state = self.scheduler.state
+        if isinstance(action, act.RunInfer):
+            self._passed_inference = 0
+            self._passed_training = self._passed_training + 1 if training_is_ready(state) else 0
+        elif isinstance(action, _TRAINING):
+            self._passed_training = 0
+            self._passed_inference = self._passed_inference + 1 if state.infers else 0
+        assert self._passed_training <= 1, "inference does not starve training"
+        assert self._passed_inference <= 1, "training does not starve inference"
+
+    def _check_forward(self, action: act.RunForward, gathering: bool) -> None:
+        wanted = [s for s in self.seats.values() if s.train and not s.left and not s.silent]
+        order = [seat.seat for seat in sorted(wanted, key=lambda seat: (seat.name, seat.seat))]
+        assert [s for s, _ in action.payloads] == order, "each active member is in a forward once, by name; nobody else"
+        assert not gathering or len(order) >= self.cohort, "the first step waits for the cohort"
+        for session, payload in action.payloads:
+            asked = [a.ask for (s, _), a in self.open.items() if s == session and a.ask.kind == "forward"]
+            assert [a.content for a in asked] == [payload], "what is joined is what the live process asks"
+            assert isinstance(payload, Smashed)
+            assert payload.step == self.seats[session].applied, "the step that is joined is the next one"
+        if action.checkpoint:
+            self.begun = dict(self.applied)
+            self.writing.append(self._point())
+
+    def _check_backward(self, action: act.RunBackward) -> None:
+        for session, gradient in action.gradients.items():
+            assert isinstance(gradient, Gradient)
+            assert gradient.step == self.engine.pending[session].rows.step, "a gradient is of the pending forward"
+            asked = [a.ask for (s, _), a in self.open.items() if s == session and a.ask.kind == "gradient"]
+            assert [a.content for a in asked] == [gradient], "what is applied is what the live process asks"
+            if not self.seats[session].name.startswith("rogue"):
+                assert gradient.hidden == self.engine.pending[session], "a gradient is of the rows it was asked for"
+
+    def _check_round(self, action: act.CloseRound) -> None:
+        state = self.scheduler.state
+        assert (action.round, action.version) == (state.round, state.version + 1), "rounds and versions go up by one"
+        assert state.round_step, "a round that closes has a step in it"
+        names = [upload.name for upload in action.uploads if isinstance(upload, Adapter)]
+        assert len(names) == len(action.uploads)
+        assert names == sorted(set(names)), "each contributor is in a round once, by name"
+        assert {upload.round for upload in action.uploads if isinstance(upload, Adapter)} <= {action.round}, (
+            "only adapters of this round are in it"
+        )
+        missing = {self.seats[s].name for s in self.trained if not self.seats[s].silent} - set(names)
+        assert not missing, "nobody who took a step in the round and is here is left out of it"
+
+
+def rows_of(rows: list[tuple[int, object]]) -> list[object]:
+    """Without sessions, which differ from run to run."""
+    return [payload for _, payload in rows]
+
+
+def training_is_ready(state: State) -> bool:
+    """Whether a training action could begin."""
+    match state.phase:
+        case Phase.FORWARD:
+            return bool(state.active) and all(member.smashed for member in state.active)
+        case Phase.BACKWARD:
+            inside = [state.members[s] for s in state.joined if s in state.members]
+            return all(m.gradient or not m.active for m in inside if m.inside is not None)
+        case Phase.CLOSING:
+            return all(member.upload for member in state.members.values() if member.contributes)
+    return False

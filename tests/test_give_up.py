@@ -1,0 +1,49 @@
+"""How long a training edge waits for a hub that is away: without end, unless told otherwise, and Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.sites import write_notes
+from tools.programs import Hub, Process, Programs
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Programs]:
+    with Programs(tmp_path) as running:
+        yield running
+
+
+def alone(programs: Programs, *options: object) -> tuple[Hub, Process]:
+    """A hub, and an edge that trains there; then the hub is killed."""
+    hub = programs.serve("--cohort", 1, "--rounds", 9)
+    data = write_notes(programs.folder, "clinic", 1, 30)
+    edge = programs.edge(hub, "ward", data, *options)
+    hub.until(lambda live: live["hub_step"] >= 2, "two steps")
+    hub.process.kill()
+    return hub, edge
+
+
+def test_an_edge_gives_up_after_the_time_it_was_given(programs: Programs) -> None:
+    _, edge = alone(programs, "--give-up", 3)
+    done = edge.wait(40)
+    assert done.code == 3
+    assert "nothing heard from the hub for 3 s" in done.err
+    assert "saved in" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_ctrl_c_ends_the_wait_for_a_hub_at_once(programs: Programs) -> None:
+    _, edge = alone(programs)
+    edge.until_says("hub silent for")
+    began = time.monotonic()
+    done = edge.end(signal.SIGINT, 30)
+    # What is done whole holds an interrupt back for 5 s at most.
+    assert time.monotonic() - began < 15
+    assert done.code == 130
+    assert "saved in" in done.out
