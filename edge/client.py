@@ -27,7 +27,8 @@ M = TypeVar("M", bound=m.Message)
 
 _LONGEST_WAIT_S = 0.25
 _WRONG_KEY_TRIES = 3
-_RESET_S = 1.0
+#: How long a socket that was refused for the hub's own trouble stays away, at first and at most.
+_RESET_S, _RESET_MOST_S = 0.5, 10.0
 _OTHER_KEY_S = 0.25
 
 
@@ -51,7 +52,7 @@ class HubClient:
         self._hub_key = hub_key
         self._journal = journal
         self._clock = clock
-        rng = rng or random.Random()
+        self._rng = rng = rng or random.Random()
         self._requests = Requests(rng, give_up_s)
         self._liveness = Liveness(rng, clock())
         self._inbox: queue.SimpleQueue[tuple[m.AnyMessage, Future[m.AnyMessage], float]] = queue.SimpleQueue()
@@ -64,7 +65,9 @@ class HubClient:
         self._wrong_keys = 0
         #: why the hub takes no connection or session; whatever is asked from then on fails with it
         self._refusal: FedseaError | None = None
+        #: when to dial afresh after a refusal, and how many of these came in a row
         self._reset_at: float | None = None
+        self._troubles = 0
         self._stopping = threading.Event()
         self._session_changed = threading.Condition()
         #: the WELCOME of the session that is open; it changes when the hub was restarted
@@ -290,7 +293,7 @@ class HubClient:
                     self._hub_key.proved()
                 self._requests.connected(channel, now)
                 if channel is Channel.CTL:
-                    self.figures.connected = True
+                    self.figures.connected, self._troubles = True, 0
                     self._liveness.restart(now)
             case Disconnected(channel):
                 if channel is Channel.CTL:
@@ -304,7 +307,9 @@ class HubClient:
                 self._wrong_hub_key(channel, reason, now)
             case ConnectFailed(_, FailReason.HUB_TROUBLE):
                 # After a refusal a socket never dials again by itself.
-                self._reset_at = now + _RESET_S
+                if self._reset_at is None:
+                    longest = min(_RESET_MOST_S, _RESET_S * 2.0 ** min(self._troubles, 10))
+                    self._reset_at, self._troubles = now + self._rng.uniform(0.0, longest), self._troubles + 1
 
     def _wrong_hub_key(self, channel: Channel, reason: FailReason, now: float) -> None:
         """Try the key that the hub has announced, if it has; else give up on a hub that was never proved."""

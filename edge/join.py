@@ -11,8 +11,10 @@ from pathlib import Path
 import messaging.messages as m
 from blocks import adapters
 from blocks.device import pick_device
+from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import CutModel
 from edge.connection import GIVE_UP_S, Connection, HubModel, attach, build, lora_spec
+from edge.course import Course
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.interrupts import Interrupts
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
@@ -125,16 +127,19 @@ class Joining:
     def _make_trainer(
         self, connection: Connection, served: HubModel, cut: CutModel, welcome: m.Welcome, snapshots: Snapshots
     ) -> Trainer:
-        assert self._noise is not None and self._planned is not None
+        assert self._noise is not None
+        assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         remote, middle = attach(cut, connection.client, welcome)
-        parts = Parts(
-            cut, remote, middle, connection.client, self._noise, connection.adapter, snapshots,
-            self._journal, self._interrupts.whole,
-        )  # fmt: skip
-        trainer = Trainer(parts, welcome, self._planned.partition, self._options.lr, self._options.steps)
-        trainer.begin(welcome)
-        return trainer
+        recipe = welcome.recipe
+        schedule = Schedule(self._options.lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
+        optimizer = AdapterOptimizer(adapters.parameters(cut), schedule)
+        course = Course(
+            cut, middle, snapshots, connection.adapter, self._journal, welcome, self._planned.partition, optimizer
+        )
+        course.begin(welcome)
+        parts = Parts(cut, remote, middle, connection.client, self._noise, self._journal, self._interrupts.whole)
+        return Trainer(parts, course, self._options.steps)
 
     def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from edge.state import EdgeState, Membership
 from messaging.console import Journal
 from messaging.enrol import enrol, lets_in
-from messaging.errors import InputError, Refused
+from messaging.errors import FedseaError, InputError, Refused
 from messaging.joining import HubAddress, JoinString, read_join
 from messaging.keys import KeyPair, is_key
 
@@ -30,16 +30,24 @@ def enrolled(state: EdgeState, journal: Journal, join: str | None, name: str, gi
     elif ticket.hub.key == known.hub.key:
         # The same hub, perhaps at new ports: its key is what counts.
         membership = replace(known, hub=ticket.hub)
-    elif ticket.hub.key == known.next_key or lets_in(ticket.hub, state.keys(), give_up_s):
-        # A hub that knows this edge's key is the one that it belongs to.
+    else:
+        if ticket.hub.key != known.next_key:
+            _check_same(state, known, ticket.hub)
         journal.log("the hub has another key than before; it knows this edge")
         membership = replace(known, hub=ticket.hub, next_key=None)
-    else:
-        raise Refused(
-            f"{state.folder} belongs to another hub ({known.hub.host}): give another --state for this join string"
-        )
     state.set_membership(membership)
     return membership
+
+
+def _check_same(state: EdgeState, known: Membership, hub: HubAddress) -> None:
+    """A hub that knows this edge's key is the one that it belongs to, whatever key the hub has. Refused: another."""
+    text = f"{state.folder} belongs to another hub ({known.hub.host}): give another --state for this join string"
+    try:
+        same = lets_in(hub, state.keys(), KNOCK_S)
+    except FedseaError as error:
+        raise Refused(f"{text}, or a newer join string if its hub's key was replaced ({error})") from error
+    if not same:
+        raise Refused(text)
 
 
 def settle(state: EdgeState, membership: Membership, timeout_s: float = KNOCK_S) -> bool:

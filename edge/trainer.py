@@ -1,4 +1,4 @@
-"""The edge's training: steps through the hub, rounds, held-out loss; and going on after a break."""
+"""The edge's training: steps through the hub, rounds, held-out loss."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from dataclasses import dataclass, field, replace
 
 import torch
 from safetensors.torch import save as save_safetensors
 
 import messaging.messages as m
 from blocks import adapters
-from blocks.adapters import Adapter
-from blocks.optimizer import AdapterOptimizer, Schedule
-from blocks.partition import Partition
 from blocks.remote import RemoteBlocks
 from blocks.surgery import CutModel
 from edge.client import HubClient
+from edge.course import Course
 from edge.data import Batch
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
-from edge.snapshots import Snapshot, Snapshots, Standing
 from edge.upload import Uploading
 from messaging.console import Journal
 from messaging.errors import ErrorCode, HubError, LinkLost, NotFinite
@@ -62,8 +59,6 @@ class Parts:
     middle: HubMiddle
     client: HubClient
     noise: GaussianNoise
-    fetch_adapter: Callable[[int], Adapter]
-    snapshots: Snapshots
     journal: Journal
     #: what is done inside of it is not interrupted by Ctrl-C
     whole: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -72,23 +67,13 @@ class Parts:
 class Trainer:
     """Trains A and C here and B at the hub, `steps` steps in all (None: until the hub is done)."""
 
-    def __init__(
-        self, parts: Parts, welcome: m.Welcome, partition: Partition, lr: float | None, steps: int | None
-    ) -> None:
+    def __init__(self, parts: Parts, course: Course, steps: int | None) -> None:
         self._parts = parts
+        self._course = course
         self._steps = steps
-        recipe = welcome.recipe
-        schedule = Schedule(lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
-        self._optimizer = AdapterOptimizer(adapters.parameters(parts.cut), schedule)
-        self.progress = Progress()
-        self._standing = Standing(
-            welcome.applied, welcome.round, welcome.adapter_version, 0, 0, False, (), -1,
-            welcome.model_hash, str(partition),
-        )  # fmt: skip
-        #: adapter and optimizer as the round began, or as this process did: what a loss that is not finite leaves
-        self._sound: Snapshot | None = None
         self._session = parts.client.session
-        parts.middle.before_step = parts.snapshots.wait
+        self.progress = Progress()
+        self._show()
 
     # -- the run ---------------------------------------------------------------------------------------
 
@@ -97,7 +82,8 @@ class Trainer:
         over = False
         while not over:
             self._evaluate_when_due(held_out)
-            if self._standing.closes or (self._all_taken() and self._standing.round_tokens):
+            standing = self._course.standing
+            if standing.closes or (self._all_taken() and standing.round_tokens):
                 over = self._close_round()
             elif self._all_taken():
                 over = True
@@ -107,13 +93,16 @@ class Trainer:
         self._evaluate_when_due(held_out)
         self._say("done")
 
-    def _all_taken(self) -> bool:
-        return self._steps is not None and self._standing.steps >= self._steps
+    def saved(self) -> Path:
+        """Where the training is saved as it stands now."""
+        return self._course.saved()
 
-    def _stand(self, standing: Standing) -> None:
-        """This is where the training stands now."""
-        self._standing = standing
-        progress = self.progress
+    def _all_taken(self) -> bool:
+        return self._steps is not None and self._course.standing.steps >= self._steps
+
+    def _show(self) -> None:
+        """Let the screen see where the training stands."""
+        progress, standing = self.progress, self._course.standing
         progress.step, progress.round, progress.round_step = standing.steps, standing.round, standing.round_step
         progress.held_out = list(standing.held_out)
 
@@ -124,10 +113,10 @@ class Trainer:
         """One step, repeated where the link or the cohort broke it. Returns whether training is over."""
         while True:
             self._keep_up()
-            if self._standing.closes or self._all_taken():
+            if self._course.standing.closes or self._all_taken():
                 return False
             try:
-                self._step(batch_of(self._standing.steps))
+                self._step(batch_of(self._course.standing.steps))
                 return False
             except NotFinite as error:
                 raise self._stopped(str(error)) from error
@@ -136,7 +125,7 @@ class Trainer:
                 self._resume(self._parts.client.wait_for_session(math.inf))
             except HubError as error:
                 if error.code is ErrorCode.TRAINING_OVER:
-                    self._load(self._latest_version())
+                    self._course.load(self._latest_version())
                     return True
                 self._after_refusal(error)
 
@@ -145,10 +134,12 @@ class Trainer:
         if error.code is ErrorCode.SHUTDOWN:
             self._wait_for_hub()
         elif error.code is ErrorCode.BEHIND:
-            self._parts.journal.log(f"step {self._standing.steps} is repeated: {error}")
+            self._parts.journal.log(f"step {self._course.standing.steps} is repeated: {error}")
             welcome = self._parts.client.where()
-            if welcome.applied == self._standing.steps + 1:
-                self._skip(welcome)
+            if welcome.applied == self._course.standing.steps + 1:
+                # It holds another answer than to what was asked: this edge's data or arithmetic have changed.
+                self._course.skip(welcome)
+                self._show()
             else:
                 self._resume(welcome)
         elif error.code is ErrorCode.NOT_FINITE:
@@ -158,22 +149,19 @@ class Trainer:
 
     def _stopped(self, why: str) -> NotFinite:
         """Leave what was good on the disk: the adapter of the steps since may be on its way to infinity."""
-        sound, steps = self._sound, self._standing.steps
-        assert sound is not None
-        self._parts.snapshots.put(replace(sound, standing=self._standing), 0)
-        self._parts.snapshots.wait()
+        sound = self._course.leave_sound()
         return NotFinite(
-            f"step {steps} is not taken: {why}. The adapter of step {sound.standing.steps}, where the round began, "
-            "is kept. Lower --lr, or look at the data of that batch"
+            f"step {self._course.standing.steps} is not taken: {why}. The adapter of step {sound}, where the round "
+            "began, is kept. Lower --lr, or look at the data of that batch"
         )
 
     def _step(self, batch: Batch) -> None:
         """Forward, loss, backward and optimizer for one batch."""
-        parts, standing, started = self._parts, self._standing, time.perf_counter()
-        parts.middle.step, parts.middle.tokens = standing.steps, batch.tokens
-        parts.noise.begin(f"step {standing.steps}", batch.input_ids)
+        parts, course, started = self._parts, self._course, time.perf_counter()
+        parts.middle.step, parts.middle.tokens = course.standing.steps, batch.tokens
+        parts.noise.begin(f"step {course.standing.steps}", batch.input_ids)
         # The first try of a step that is repeated may have ended in the middle of the backward.
-        self._optimizer.drop_gradients()
+        course.optimizer.drop_gradients()
         loss = self._summed_loss(batch, learning=True)
         mean = float(loss.detach()) / max(batch.tokens, 1)
         if not math.isfinite(mean):
@@ -181,18 +169,11 @@ class Trainer:
         # From here on the hub takes the step, and so must this edge.
         with parts.whole():
             loss.backward()
-            self._optimizer.step(batch.tokens)
+            course.optimizer.step(batch.tokens)
             reply = parts.middle.step_grad
             assert reply is not None
-            taken = replace(
-                standing,
-                steps=standing.steps + 1,
-                round_step=standing.round_step + 1,
-                round_tokens=standing.round_tokens + batch.tokens,
-                closes=bool(reply.round_closes),
-            )
-            self._stand(taken)
-            self._keep(reply.checkpoint)
+            course.took_step(batch.tokens, reply)
+            self._show()
             self._account(started, batch.tokens, mean)
 
     def _summed_loss(self, batch: Batch, learning: bool) -> torch.Tensor:
@@ -223,20 +204,21 @@ class Trainer:
                 self._parts.journal.log("the connection broke at the end of a round: repeating it")
             except HubError as error:
                 if error.code is ErrorCode.BEHIND:
-                    self._stand(replace(self._standing, closes=False))
+                    self._course.goes_on()
                     return False
                 if error.code is not ErrorCode.SHUTDOWN:
                     raise
                 time.sleep(_STOPPING_S)
-            steps = self._standing.steps
+            steps = self._course.standing.steps
             self._resume(self._parts.client.wait_for_session(math.inf))
-            if self._standing.steps != steps:
+            if self._course.standing.steps != steps:
                 return False
 
     def _finish_round(self) -> bool:
         """Upload, leave if all steps are done, wait for the publication, load it. Returns whether training is over."""
-        parts, standing, done = self._parts, self._standing, self._all_taken()
-        parts.snapshots.wait()
+        parts, course, done = self._parts, self._course, self._all_taken()
+        standing = course.standing
+        course.saved()
         self._say("uploading the adapter")
         if standing.round_tokens:
             self._upload()
@@ -244,26 +226,17 @@ class Trainer:
             parts.client.ask(m.Leave(1, "all steps are taken"), m.Bye)
         self._say("waiting for the round")
         published = parts.client.ask(m.AwaitRound(standing.round), m.Published)
-        self._load(published.version)
-        self._begin_round(published.round)
+        course.load(published.version)
+        course.begin_round(published.round)
+        self._show()
         return bool(published.over) or done
 
-    def _begin_round(self, round_: int) -> None:
-        """Stand at the beginning of a round, with its published adapter."""
-        version = self._parts.middle.version
-        self._stand(replace(self._standing, round=round_, version=version, round_step=0, round_tokens=0, closes=False))
-        self._sound = self._keep(self._standing.steps)
-
     def _upload(self) -> None:
-        data = save_safetensors(adapters.read(self._parts.cut))
+        data, standing = save_safetensors(adapters.read(self._parts.cut)), self._course.standing
         with self._parts.journal.task("uploading the adapter", len(data)) as task:
-            Uploading(self._parts.client, self._standing.round, self._standing.round_tokens, data).run(task)
-
-    def _load(self, version: int) -> None:
-        """Take the published adapter into A and C; the optimizer's moments stay."""
-        if version != self._parts.middle.version or version == 0:
-            adapters.write(self._parts.cut, self._parts.fetch_adapter(version))
-            self._parts.middle.version = version
+            Uploading(self._parts.client, self._course.standing.round, self._course.standing.round_tokens, data).run(
+                task
+            )
 
     def _latest_version(self) -> int:
         pong = self._parts.client.figures.pong
@@ -279,105 +252,31 @@ class Trainer:
         version = self._latest_version()
         if version > self._parts.middle.version:
             self._parts.journal.log(f"taking over adapter version {version}, published without this edge")
-            self._load(version)
+            self._course.load(version)
             assert client.welcome is not None
             pong = client.figures.pong
-            self._begin_round(max(self._standing.round, pong.round if pong else 0, client.welcome.round))
-
-    # -- going on after a break --------------------------------------------------------------------------
-
-    def begin(self, welcome: m.Welcome) -> None:
-        """Stand where an earlier process of this edge stood, as far as it fits the hub; or begin."""
-        parts, newest = self._parts, self._parts.snapshots.newest()
-        if newest is not None and not self._fits(newest):
-            newest = None
-        if newest is not None and self._go_back(newest, welcome):
-            return
-        self._load_published(welcome)
-        if newest is not None:
-            # The optimizer's moments are still this edge's own.
-            moments = parts.snapshots.at(newest.steps, newest.round)
-            assert moments is not None
-            self._optimizer.load(dict(moments.optimizer))
-        if welcome.applied:
-            parts.journal.log(f"going on at step {welcome.applied} with the published adapter")
-        self._stand(self._standing)
-        self._sound = self._keep(0)
-
-    def _fits(self, standing: Standing) -> bool:
-        mine = self._standing
-        return (standing.model_hash, standing.partition) == (mine.model_hash, mine.partition)
-
-    def _go_back(self, newest: Standing, welcome: m.Welcome) -> bool:
-        """Restore the snapshot that fits what the hub has applied. False if there is none."""
-        parts, applied = self._parts, welcome.applied
-        if applied - 1 == newest.steps:
-            # The hub took a step whose result was lost here: it tells it again.
-            snapshot = parts.snapshots.at(newest.steps, newest.round)
-        else:
-            snapshot = parts.snapshots.at(applied, welcome.round)
-        if snapshot is None or not self._fits(snapshot.standing):
-            return False
-        adapters.write(parts.cut, snapshot.adapter)
-        self._optimizer.load(dict(snapshot.optimizer))
-        parts.middle.version = snapshot.standing.version
-        self._stand(snapshot.standing)
-        self._sound = snapshot
-        parts.journal.log(f"resumed at step {snapshot.standing.steps}, nothing lost")
-        return True
+            self._course.begin_round(max(self.progress.round, pong.round if pong else 0, client.welcome.round))
+            self._show()
 
     def _resume(self, welcome: m.Welcome) -> None:
         """A session is open again: stand where the hub stands."""
         self._session = self._parts.client.session
-        standing = self._standing
-        if welcome.applied in (standing.steps, standing.steps + 1):
-            # In the second case the hub took the step whose answer was lost: it is asked for again, and told again.
-            self._parts.journal.log(f"resumed at step {standing.steps}, nothing lost")
-            return
-        self._parts.snapshots.wait()
-        if welcome.applied < standing.steps and self._go_back(standing, welcome):
-            return
-        self._skip(welcome)
-
-    def _skip(self, welcome: m.Welcome) -> None:
-        """Go on with the published adapter where the hub stands and nothing here fits that."""
-        self._parts.journal.log(
-            f"the hub is at step {welcome.applied} of this edge, this edge was at {self._standing.steps}: "
-            "going on from the last published adapter; what this edge's own blocks learned since then is lost"
-        )
-        self._load_published(welcome)
-        self._stand(replace(self._standing, steps=welcome.applied))
-        self._begin_round(welcome.round)
-
-    def _load_published(self, welcome: m.Welcome) -> None:
-        self._parts.middle.version = -1
-        self._load(welcome.adapter_version)
+        self._course.resume(welcome)
+        self._show()
 
     def _wait_for_hub(self) -> None:
         self._say("the hub is stopping")
         time.sleep(_STOPPING_S)
         self._resume(self._parts.client.wait_for_session(math.inf))
 
-    def _keep(self, checkpoint: int) -> Snapshot:
-        """Have it written where the training stands; `checkpoint`: the steps in the hub's newest checkpoint."""
-        snapshot = Snapshot(self._standing, adapters.read(self._parts.cut), self._optimizer.state())
-        self._parts.snapshots.put(snapshot, checkpoint)
-        return snapshot
-
-    def saved(self) -> Path:
-        """Where the training is saved as it stands now."""
-        self._parts.snapshots.wait()
-        return self._parts.snapshots.path(self._standing)
-
     # -- figures ---------------------------------------------------------------------------------------
 
     def _evaluate_when_due(self, held_out: Callable[[], Iterable[Batch]]) -> None:
         """Once at the beginning of each round, with the published adapter in all blocks."""
-        standing = self._standing
-        if standing.round_step or standing.closes or standing.evaluated >= standing.round:
-            return
-        loss = self._evaluate(held_out)
-        self._stand(replace(standing, held_out=(*standing.held_out, *loss), evaluated=standing.round))
+        standing = self._course.standing
+        if not standing.round_step and not standing.closes and standing.evaluated < standing.round:
+            self._course.evaluated(self._evaluate(held_out))
+            self._show()
 
     def _evaluate(self, held_out: Callable[[], Iterable[Batch]]) -> tuple[float, ...]:
         """Mean loss per target token on the held-out data; empty where there is none."""
@@ -391,7 +290,7 @@ class Trainer:
                 task.advance(batch.tokens)
         if not tokens:
             return ()
-        self._parts.journal.log(f"held-out loss {total / tokens:.4f} at step {self._standing.steps}")
+        self._parts.journal.log(f"held-out loss {total / tokens:.4f} at step {self._course.standing.steps}")
         return (total / tokens,)
 
     def _account(self, started: float, tokens: int, loss: float) -> None:

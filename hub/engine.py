@@ -240,6 +240,11 @@ class Engine:
         """Streams that hold memory."""
         return len(self._streams)
 
+    @property
+    def evicted(self) -> int:
+        """Streams that lost their memory to others so far."""
+        return self._streams.evicted
+
     # -- adapters ------------------------------------------------------------------------------------
 
     def trained(self) -> Adapter:

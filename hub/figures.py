@@ -98,6 +98,7 @@ class Figures:
             streams=engine.streams,
             kv_bytes=engine.budget.used,
             kv_budget_bytes=engine.budget.most,
+            evicted=engine.evicted,
             bytes_in=traffic.received,
             bytes_out=traffic.sent,
             bytes_in_per_s=(traffic.received - before_in) / elapsed,

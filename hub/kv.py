@@ -7,7 +7,7 @@ caches of several streams to one forward; `ragged.py` holds the attention that r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,13 @@ class KvBudget:
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
+        #: called when the budget is full, to give back what somebody can do without until so many bytes are free
+        self.make_room: Callable[[int], None] = lambda nbytes: None
 
     def take(self, nbytes: int) -> None:
-        """Raises HubError KV_FULL when the budget does not hold `nbytes` more."""
+        """Raises HubError KV_FULL when the budget does not hold `nbytes` more, idle streams evicted."""
+        if self.used + nbytes > self.most:
+            self.make_room(nbytes)
         if self.used + nbytes > self.most:
             raise HubError(
                 ErrorCode.KV_FULL,

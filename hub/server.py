@@ -50,7 +50,7 @@ _TRAIN_SILENCE_S = 600.0
 _SEEN_S = 60.0
 #: Generations that a restart broke off come back within this time for the adapter version that they began with.
 _RETURN_S = 60.0
-_SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.001, 3.0
+_SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.002, 3.0
 
 
 class Server:

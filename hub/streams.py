@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from hub.kv import BatchCache, KvBudget, Member, StreamCache
 from messaging.errors import ErrorCode, HubError
 
 Key = tuple[int, int]
+#: A stream that nobody asked for in so many seconds is idle.
+_IDLE_S = 2.0
 
 
 class Streams:
@@ -23,6 +26,12 @@ class Streams:
         self._num_layers = num_layers
         self._budget = budget
         self._caches: dict[Key, StreamCache] = {}
+        #: when each stream was asked for last, the longest ago first
+        self._used_at: dict[Key, float] = {}
+        self._in_batch: set[Key] = set()
+        #: streams that lost their memory to others
+        self.evicted = 0
+        budget.make_room = self._evict
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -39,6 +48,9 @@ class Streams:
         key = (item.session, item.stream)
         if key in begun:
             raise HubError(ErrorCode.BUSY, "another request of this stream is in work")
+        self._in_batch = begun | {key}
+        self._used_at.pop(key, None)
+        self._used_at[key] = time.monotonic()
         cache = self._caches[key] if key in self._caches else StreamCache(self._num_layers - 1, self._budget)
         try:
             cache.prepare(item.layout.past, item.layout.rows, item.order)
@@ -51,9 +63,24 @@ class Streams:
 
     def close(self, session: int, stream: int) -> None:
         """Free a stream's memory; an unknown one is no error."""
+        self._used_at.pop((session, stream), None)
         cache = self._caches.pop((session, stream), None)
         if cache is not None:
             cache.free()
+
+    def _evict(self, nbytes: int) -> None:
+        """Free the memory of streams that are idle, those asked for the longest ago first.
+
+        Their edges hold the record of what they sent, and send it again. Streams that decode just now are left
+        alone: they would evict each other at every token.
+        """
+        before = time.monotonic() - _IDLE_S
+        for key, at in list(self._used_at.items()):
+            if self._budget.used + nbytes <= self._budget.most or at > before:
+                return
+            if key not in self._in_batch and key in self._caches:
+                self.close(*key)
+                self.evicted += 1
 
     def close_session(self, session: int) -> None:
         """Free all streams of a session."""

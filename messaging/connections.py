@@ -94,8 +94,11 @@ class _Borrowed:
             copy = os.dup(fd)
         except OSError:
             return
-        # With a family given Python does not ask the kernel for it; none of the calls below needs it.
-        self._sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=copy)
+        try:
+            # With a family given Python does not ask the kernel for it; none of the calls below needs it.
+            self._sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=copy)
+        except OSError:
+            os.close(copy)
 
     def __enter__(self) -> _Borrowed:
         return self

@@ -28,8 +28,8 @@ _CONNECTIONS_PER_S = 500
 _EFFORT = 0.1
 #: What a connection may hold undelivered besides requests: what lies in the kernel's buffers, and frames' heads.
 _SLACK_BYTES = 8 << 20
-#: The most that may lie undelivered where messages are small: some hundred of them and the kernel's buffer.
-_SMALL = {Channel.CTL: 64 << 20, Channel.ENROL: 16 << 20}
+#: The most that may lie undelivered, besides that, where messages are small.
+_SMALL = {Channel.CTL: 64 << 20, Channel.ENROL: 0}
 #: Heartbeats and the like, which are received and never delivered, in bytes a second.
 _CHATTER = 64
 #: A handshake is over so many seconds after the connection was accepted.

@@ -134,7 +134,7 @@ def test_ctrl_c_on_an_edge_and_going_on_without_a_join_string(programs: Programs
     hub.until(lambda live: live["cohort_joined"] == 0, "an empty cohort")
     again = programs.edge(None, "ward", notes, "--partition", "2:1", "--steps", steps + 4)
     finish(again)
-    assert f"going on at step {steps}, nothing lost" in again.out
+    assert f"resumed at step {steps}, nothing lost" in again.out
     assert report(programs, "ward")["steps"] == steps + 4
     hub.until(lambda live: live["hub_step"] == steps + 4, "the steps of both runs, each once")
 

@@ -56,6 +56,8 @@ class HubSnapshot:
     streams: int = 0
     kv_bytes: int = 0
     kv_budget_bytes: int = 0
+    #: streams that lost their memory to others since the start
+    evicted: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
     bytes_in_per_s: float | None = None

@@ -97,10 +97,11 @@ def _load(snapshot: HubSnapshot, width: int) -> list[Text]:
         piece("queue", f"{snapshot.queued}"),
     ]
     filled = snapshot.kv_bytes / snapshot.kv_budget_bytes if snapshot.kv_budget_bytes else 0.0
+    evicted = f", {snapshot.evicted} evicted" if snapshot.evicted else ""
     style = BAD if filled >= _FULL else WAIT if filled >= _TIGHT else ACCENT
     memory = [
         progress_bar(filled, 1.0, max(8, min(20, width - LABEL - 24)), style),
-        Text(f"{human_bytes(snapshot.kv_bytes)} of {human_bytes(snapshot.kv_budget_bytes)}"),
+        Text(f"{human_bytes(snapshot.kv_bytes)} of {human_bytes(snapshot.kv_budget_bytes)}{evicted}"),
         piece("streams", f"{snapshot.streams}"),
     ]
     return row("batches", batches, width) + row("KV cache", memory, width)

@@ -134,7 +134,7 @@ class Scheduler:
             member.contributes = member.contributes and member.upload is not None
             return
         member.silent = True
-        member.contributes = False
+        member.contributes = member.upload is not None
         self._note(f"{member.name} is silent: going on without it")
         self._when_nobody_is_active()
 
@@ -312,6 +312,10 @@ class Scheduler:
         state, member = self.state, self.state.members.get(event.session)
         if member is not None and event.round == state.round and state.round_step:
             member.upload, member.contributes = event.payload, True
+            # An edge that was gone and came to another seat uploads again what it uploaded from the first.
+            for other in list(state.members.values()):
+                if other.name == member.name and other is not member:
+                    del state.members[other.session]
 
     def _awaited(self, event: ev.RoundAwaited) -> None:
         state = self.state

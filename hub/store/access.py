@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import hmac
-import re
-import sqlite3
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hub.store.audit import AuditLog
 from hub.store.database import Database
+from hub.store.invitations import (
+    ASK,
+    SHOWN,
+    Invitation,
+    check_invited,
+    clean_name,
+    redeem,
+    shown,
+    taken,
+    unique_name,
+)
 from messaging.errors import InputError, Refused
 from messaging.joining import new_token, token_hash
 from messaging.keys import is_key
@@ -29,12 +36,6 @@ _REMEMBER_S = 30 * 86400.0
 #: An invitation is for people who are about to join.
 _LONGEST_TTL_S = 365 * 86400.0
 
-#: Characters of a token's sha256 that name it in the audit log and in lists.
-_SHOWN = 8
-
-_NAME_CHARACTERS = 48
-
-_ASK = "ask who runs the hub for a new join string (`hub invite` makes one)"
 _REVOKED = (
     "this edge's key was revoked at the hub and cannot come back: if that was a mistake, "
     "ask who runs the hub for a new join string, and join with another --state"
@@ -53,16 +54,6 @@ class Edge:
     enrolled_at: float
     revoked_at: float | None
     last_seen: float | None
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """A token that is still good: the beginning of its sha256, for how many keys, until when, for which name."""
-
-    token_sha256: str
-    uses_left: int
-    expires_at: float
-    name: str | None
 
 
 class AccessList:
@@ -106,7 +97,7 @@ class AccessList:
 
     def why_not(self, key: str) -> str:
         """Why a key may not connect, in words for whoever has it."""
-        unknown = f"the hub does not know this edge's key: {_ASK}"
+        unknown = f"the hub does not know this edge's key: {ASK}"
         return {"revoked": _REVOKED, "replaced": _REPLACED}.get(self._gone.get(key, ""), unknown)
 
     def origin_of(self, key: str) -> str:
@@ -155,7 +146,7 @@ class AccessList:
         try:
             final, by = self._enrol(token, key, name)
         except Refused as refused:
-            reason = f"with {_shown(token)}: {refused}"
+            reason = f"with {shown(token)}: {refused}"
             self._audit.write_often("enrolment refused", name=clean_name(name), key=key, address=address, reason=reason)
             raise
         if by is not None:
@@ -174,16 +165,16 @@ class AccessList:
             if db.execute("SELECT 1 FROM replaced WHERE key = ?", (key,)).fetchone():
                 raise Refused(_REPLACED)
             now = self._clock()
-            reserved = _redeem(db, token, now)
+            reserved = redeem(db, token, now)
             if reserved is None:
-                final = _unique_name(db, clean_name(name), now)
-            elif reserved in _taken(db):
-                raise Refused(f"this join string is for the name {reserved!r}, which is taken by now: {_ASK}")
+                final = unique_name(db, clean_name(name), now)
+            elif reserved in taken(db):
+                raise Refused(f"this join string is for the name {reserved!r}, which is taken by now: {ASK}")
             else:
                 final = reserved
             sql = "INSERT INTO keys (key, origin, name, enrolled_at) VALUES (?, ?, ?, ?)"
             db.execute(sql, (key, key, final, now))
-        return final, _shown(token)
+        return final, shown(token)
 
     def invite(self, uses: int = 1, ttl_s: float = TOKEN_TTL_S, name: str | None = None) -> bytes:
         """A new token, good for so many keys within so many seconds.
@@ -194,14 +185,14 @@ class AccessList:
         if uses < 1 or not 0 < ttl_s <= _LONGEST_TTL_S:
             raise InputError("an invitation needs at least one use, and some time to be used in, a year at most")
         if name is not None:
-            _check_invited(name, uses)
+            check_invited(name, uses)
         token, now = new_token(), self._clock()
         with self._database.transaction() as db:
             db.execute("DELETE FROM tokens WHERE expires_at < ?", (now - _REMEMBER_S,))
-            if name is not None and name in _taken(db):
+            if name is not None and name in taken(db):
                 raise InputError(f"an edge has, or had, the name {name!r}: choose another for the new one")
             db.execute("INSERT INTO tokens VALUES (?, ?, ?, ?)", (token_hash(token), uses, now + ttl_s, name))
-        reason = f"{_shown(token)}, good for {uses} within {ttl_s:g} s"
+        reason = f"{shown(token)}, good for {uses} within {ttl_s:g} s"
         self._audit.write("invitation made", name=name or "", reason=reason)
         return token
 
@@ -211,7 +202,7 @@ class AccessList:
             "SELECT substr(sha256, 1, ?), uses_left, expires_at, name FROM tokens "
             "WHERE uses_left > 0 AND expires_at > ? ORDER BY expires_at"
         )
-        return [Invitation(*row) for row in self._database.rows(sql, _SHOWN, self._clock())]
+        return [Invitation(*row) for row in self._database.rows(sql, SHOWN, self._clock())]
 
     def revoke(self, name: str) -> Edge:
         """Take a key off the list, for ever. InputError names the edges there are if this is none of them."""
@@ -262,57 +253,3 @@ class AccessList:
         now = self._clock()
         with self._database.transaction() as db:
             db.executemany("UPDATE keys SET last_seen = ? WHERE origin = ?", [(now, origin) for origin in origins])
-
-
-def clean_name(name: str) -> str:
-    """`name` as letters, digits and . _ - only: it is shown on terminals and typed into commands."""
-    normal = unicodedata.normalize("NFKC", name)
-    kept = "".join(character if character.isalnum() or character in "._-" else "-" for character in normal)
-    return re.sub("-+", "-", kept)[:_NAME_CHARACTERS].strip("-.") or "edge"
-
-
-def _check_invited(name: str, uses: int) -> None:
-    if uses != 1:
-        raise InputError("an invitation with a name is for one edge: leave the number of uses out")
-    if clean_name(name) != name:
-        raise InputError(
-            f"{name!r} cannot be an edge's name: letters, digits and . _ - make one, as {clean_name(name)!r}"
-        )
-
-
-def _taken(db: sqlite3.Connection) -> set[str]:
-    """Names that an edge has or ever had."""
-    return {row[0] for row in db.execute("SELECT name FROM keys")}
-
-
-def _unique_name(db: sqlite3.Connection, name: str, now: float) -> str:
-    """`name`, or the first of `name-2`, `name-3`, ... that no edge has or ever had, and none is invited under."""
-    sql = "SELECT name FROM tokens WHERE name IS NOT NULL AND uses_left > 0 AND expires_at > ?"
-    taken = _taken(db) | {row[0] for row in db.execute(sql, (now,))}
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
-
-
-def _redeem(db: sqlite3.Connection, token: bytes, now: float) -> str | None:
-    """Take one use from a token, inside a transaction; the name that it is for. Refused says what is wrong with it."""
-    digest = token_hash(token)
-    # Every one is compared, and in the same time however much of it is right.
-    rows = db.execute("SELECT sha256, uses_left, expires_at, name FROM tokens").fetchall()
-    found = [row for row in rows if hmac.compare_digest(str(row[0]), digest)]
-    if not found:
-        raise Refused(f"the hub does not know this join string's token: {_ASK}")
-    _, uses_left, expires_at, name = found[0]
-    if uses_left < 1:
-        raise Refused(f"this join string is used up: {_ASK}")
-    if now >= expires_at:
-        raise Refused(f"this join string has expired: {_ASK}")
-    db.execute("UPDATE tokens SET uses_left = uses_left - 1 WHERE sha256 = ?", (digest,))
-    return None if name is None else str(name)
-
-
-def _shown(token: bytes) -> str:
-    """What a token is called where it must not be seen."""
-    return f"token {token_hash(token)[:_SHOWN]}" if token else "no token"

@@ -39,7 +39,7 @@ def test_any_integers(ints: tuple[int, ...], rows: int, past: int, width: int) -
 
 
 @given(st.sampled_from([COLUMNS, REAL, FROM, SEGMENTS]), st.data(), *SIZES)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_integers_of_the_right_form(rule: int, data: st.DataObject, rows: int, past: int, width: int) -> None:
     ints = [rule]
     for _ in range(rows * (2 if rule in (FROM, SEGMENTS) else 1)):

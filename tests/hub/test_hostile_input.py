@@ -55,7 +55,7 @@ def test_any_bytes(data: bytes) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_changed_bytes(changes: list[tuple[int, int]]) -> None:
     data = bytearray(GOOD)
     for at, value in changes:
@@ -75,7 +75,7 @@ NAMES = st.sampled_from(["a", "b", "c", "__metadata__", "../a", "a\x1b[2J", ""])
 
 
 @given(st.dictionaries(NAMES, ENTRY | st.none() | st.lists(st.integers()), max_size=4), st.integers(-9, 40))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_table_of_contents(table: dict[str, Any], lie: int) -> None:
     header = json.dumps(table).encode()
     refused_or_ours(struct.pack("<q", len(header) + lie * (lie < 0)) + header + bytes(max(lie, 0)))
@@ -132,7 +132,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @given(name=st.text(max_size=30) | st.lists(PARTS, max_size=7).map("".join) | st.lists(PARTS, max_size=5).map("/".join))
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_name_becomes_a_path(library: Library, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def opened(self: Path, *args: object, **kwargs: object) -> object:
         raise AssertionError(f"{name!r} opened {self}")

@@ -1,19 +1,16 @@
-"""The hub's decisions: events in, actions out, by tables; and what no order of events may break."""
+"""The hub's decisions: events in, actions out, by tables. Any order of events: `test_scheduler_machine.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler.state import Phase, State
-from messaging.errors import ErrorCode, HubError, NotFinite
+from messaging.errors import ErrorCode, NotFinite
 
 Row = tuple[ev.Event, list[act.Action]]
 
@@ -366,6 +363,12 @@ ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (uploaded(1), []),
         (ev.EdgeFellSilent(2), [close_round(0, 1)]),
     ],
+    "what one uploaded before it fell silent is taken": [
+        *ONE_STEP,
+        (uploaded(2), []),
+        (ev.EdgeFellSilent(2), []),
+        (uploaded(1), [close_round(0, 1, 2)]),
+    ],
     "one that is back in time is taken": [
         *HIDDEN_OF_TWO,
         (gradient(1), []),
@@ -565,204 +568,165 @@ def test_people_are_told_who_comes_and_goes() -> None:
     ]
 
 
-# -- any order of events -----------------------------------------------------------------------------------
+# -- processes that are killed --------------------------------------------------------------------------------
 
 
-@dataclass
-class World:
-    """Edges and a compute thread that do anything, at any time; and what must hold all the same."""
-
-    scheduler: Scheduler
-    requests: int = 0
-    sessions: list[int] = field(default_factory=list)
-    trained: list[int] = field(default_factory=list)
-    #: requests without an answer yet, by (session, request)
-    open: set[tuple[int, int]] = field(default_factory=set)
-    computing: act.Compute | None = None
-    #: (session, step) inside the pending forward
-    pending: dict[int, int] = field(default_factory=dict)
-    applied: set[tuple[int, int]] = field(default_factory=set)
-    inferred_in_a_row: int = 0
-
-    def tell(self, event: ev.Event) -> None:
-        ready = self.training_is_ready
-        for action in self.scheduler.handle(event):
-            match action:
-                case act.Note():
-                    pass
-                case act.RunForward() | act.RunBackward() | act.RunInfer() | act.CloseRound() | act.FreeStreams():
-                    assert self.computing is None, "one computation at a time"
-                    self.computing = action
-                    self.begun(action, ready)
-                case _:
-                    key = (action.session, action.request)
-                    assert key in self.open, "every request is answered at most once, and only to who is there"
-                    self.open.discard(key)
-        state = self.scheduler.state
-        if self.computing is None:
-            assert not state.infers
-            assert not state.freeing
-
-    @property
-    def training_is_ready(self) -> bool:
-        state = self.scheduler.state
-        return state.phase is Phase.FORWARD and bool(state.active) and all(m.smashed for m in state.active)
-
-    def begun(self, action: act.Compute, training_was_ready: bool) -> None:
-        match action:
-            case act.RunForward():
-                members = {m.session: m for m in self.scheduler.state.members.values() if m.active}
-                ordered = sorted(members, key=lambda s: (members[s].name, s))
-                assert [session for session, _ in action.payloads] == ordered, "each active member once, by name"
-                self.pending = dict(payload for _, payload in action.payloads)  # type: ignore[misc]
-                assert list(self.pending) == ordered
-            case act.RunBackward():
-                for session, payload in action.gradients.items():
-                    assert payload == (session, self.pending[session])
-            case act.RunInfer():
-                self.inferred_in_a_row = self.inferred_in_a_row + 1 if training_was_ready else 0
-                assert self.inferred_in_a_row <= 1, "inference does not starve training"
-                return
-            case act.CloseRound():
-                assert action.version == self.scheduler.state.version + 1
-        if not isinstance(action, act.FreeStreams):
-            self.inferred_in_a_row = 0
-
-    def finish(self, good: bool) -> None:
-        """The computation under way ends; a session's tensor was fine or not."""
-        action, self.computing = self.computing, None
-        error = HubError(ErrorCode.NOT_FINITE, "bad")
-        match action:
-            case act.RunForward():
-                bad = {next(iter(self.pending))} if self.pending and not good else set()
-                for session in bad:
-                    del self.pending[session]
-                self.tell(ev.ForwardDone({s: error if s in bad else "h" for s, _ in action.payloads}))
-            case act.RunBackward():
-                for session in action.gradients:
-                    if good:
-                        step = (session, self.pending[session])
-                        assert step not in self.applied, "no step is applied twice"
-                        self.applied.add(step)
-                self.tell(ev.BackwardDone(dict.fromkeys(action.gradients, "d" if good else error)))
-            case act.RunInfer():
-                self.tell(ev.InferDone(tuple((s, r, "x") for s, r, _ in action.requests)))
-            case act.CloseRound():
-                self.tell(ev.RoundPublished(action.version))
-            case act.FreeStreams():
-                self.tell(ev.HousekeepingDone())
-
-    def ask(self, session: int) -> int:
-        self.requests += 1
-        self.open.add((session, self.requests))
-        return self.requests
-
-    def do(self, what: str, pick: int, offset: int) -> None:
-        """One thing happens; `pick` chooses the session, `offset` a step or round near the expected one."""
-        if what == "join":
-            session = len(self.sessions) + 1
-            self.sessions.append(session)
-            self.tell(ev.EdgeJoined(session, f"edge{pick % 3}", offset >= 0))
-            return
-        if what == "compute":
-            if self.computing is not None:
-                self.finish(good=offset >= 0)
-            return
-        here = [session for session in self.sessions if session > 0]
-        if not here:
-            return
-        session = here[pick % len(here)]
-        member = self.scheduler.state.members.get(session)
-        step = max((member.applied if member else 0) + min(offset, 1), 0)
-        match what:
-            case "smashed":
-                self.tell(ev.SmashedReceived(session, self.ask(session), step, (session, step)))
-            case "gradient":
-                step = self.pending.get(session, 0) if offset else step
-                self.tell(ev.GradientReceived(session, self.ask(session), step, (session, step)))
-            case "infer":
-                self.tell(ev.InferReceived(session, self.ask(session), "x"))
-            case "await":
-                round_ = max(self.scheduler.state.round + offset, 0)
-                self.tell(ev.RoundAwaited(session, self.ask(session), round_))
-            case "upload":
-                self.tell(ev.AdapterUploaded(session, self.scheduler.state.round, "a"))
-            case "close":
-                self.tell(ev.StreamClosed(session, pick))
-            case "silent":
-                self.tell(ev.EdgeFellSilent(session))
-            case "back":
-                self.tell(ev.EdgeCameBack(session))
-            case "leave":
-                self.tell(ev.EdgeLeft(session, offset >= 0))
-            case "gone":
-                self.gone(session)
-
-    def gone(self, session: int) -> None:
-        self.sessions[session - 1] = -session
-        self.open = {key for key in self.open if key[0] != session}
-        self.tell(ev.EdgeGone(session))
+def again(session: int, request: int, step: int = 0, same: bool = True) -> ev.Event:
+    """A new process asks for a step that was asked before, with the same bytes or with others."""
+    text = f"s{session}.{step}" if same else "other"
+    return ev.SmashedReceived(session, request, step, text, text.encode())
 
 
-#: What happens often stands here more than once.
-HAPPENINGS = [
-    *["join"] * 2,
-    *["smashed"] * 8,
-    *["gradient"] * 8,
-    *["compute"] * 12,
-    *["infer"] * 3,
-    *["upload"] * 4,
-    *["await", "close", "silent", "back", "leave", "gone"],
+def forward_done_of(*sessions: int, step: int = 0) -> ev.Event:
+    return ev.ForwardDone({s: f"h{s}" for s in sessions}, {s: f"s{s}.{step}".encode() for s in sessions})
+
+
+FREE_TWO = act.FreeStreams(((2, 0),))
+#: Two edges have their hidden states; then the process of the second is killed and begins anew.
+KILLED_WITH_HIDDEN: list[tuple[ev.Event, Sequence[object]]] = [
+    *FORWARD_OF_TWO,
+    (forward_done_of(1, 2), [hidden(1), hidden(2)]),
+    (ev.EdgeRestarted(2), [FREE_TWO]),
+    (ev.HousekeepingDone(), []),
+]
+#: Both gave their gradients, the step is applied, and the second was killed before it heard.
+KILLED_WHEN_APPLIED: list[tuple[ev.Event, Sequence[object]]] = [
+    *FORWARD_OF_TWO,
+    (forward_done_of(1, 2), [hidden(1), hidden(2)]),
+    (gradient(1), []),
+    (gradient(2), [run_backward(1, 2)]),
+    (ev.EdgeRestarted(2), []),
+    (backward_done(1, 2), [grad(1), FREE_TWO]),
+    (ev.HousekeepingDone(), []),
 ]
 
+KILLS: dict[str, Sequence[tuple[ev.Event, Sequence[object]]]] = {
+    "killed while its forward waits: it asks again": [
+        (joined(1), []),
+        (joined(2), []),
+        (smashed(2), []),
+        (ev.EdgeRestarted(2), [FREE_TWO]),
+        (ev.HousekeepingDone(), []),
+        (smashed(1), []),
+        (again(2, 1), [act.RunForward(((1, "s1.0"), (2, "s2.0")))]),
+    ],
+    "killed while its forward is computed: the new process gets the answer, the old one none": [
+        *FORWARD_OF_TWO,
+        (ev.EdgeRestarted(2), []),
+        (again(2, 1), []),
+        (forward_done_of(1, 2), [hidden(1), act.AnswerForward(2, 1, 0, "h2"), FREE_TWO]),
+    ],
+    "killed while its forward is computed, and not yet back": [
+        *FORWARD_OF_TWO,
+        (ev.EdgeRestarted(2), []),
+        (forward_done_of(1, 2), [hidden(1), FREE_TWO]),
+        (ev.HousekeepingDone(), []),
+        (again(2, 1), [act.AnswerForward(2, 1, 0, "h2")]),
+        (gradient(1), []),
+        (ev.GradientReceived(2, 2, 0, "g2.0"), [run_backward(1, 2)]),
+    ],
+    "killed with its hidden state: the same bytes are told the same": [
+        *KILLED_WITH_HIDDEN,
+        (again(2, 1), [act.AnswerForward(2, 1, 0, "h2")]),
+        (gradient(1), []),
+        (ev.GradientReceived(2, 2, 0, "g2.0"), [run_backward(1, 2)]),
+    ],
+    "killed with its hidden state: other bytes are a step begun anew": [
+        *KILLED_WITH_HIDDEN,
+        (again(2, 1, same=False), []),
+        (gradient(1), [run_backward(1)]),
+        (backward_done(1), [grad(1)]),
+        (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "other")))]),
+    ],
+    "killed before it heard that its step is applied: it is told again, and nothing is applied again": [
+        *KILLED_WHEN_APPLIED,
+        (again(2, 1), [act.AnswerForward(2, 1, 0, "h2")]),
+        (ev.GradientReceived(2, 2, 0, "g2.0"), [act.AnswerBackward(2, 2, 0, "d2", 1, False)]),
+        (smashed(1, 1), []),
+        (smashed(2, 1), [run_forward(1, 2, step=1)]),
+    ],
+    "killed before it heard, and back with other bytes: that step is over": [
+        *KILLED_WHEN_APPLIED,
+        (again(2, 1, same=False), [refused(2, 1, ErrorCode.BEHIND)]),
+    ],
+    "killed in the backward, back before it is done": [
+        *KILLED_WHEN_APPLIED[:-2],
+        (again(2, 1), [act.AnswerForward(2, 1, 0, "h2")]),
+        (ev.GradientReceived(2, 2, 0, "g2.0"), []),
+        (backward_done(1, 2), [grad(1), act.AnswerBackward(2, 2, 0, "d2", 1, False), FREE_TWO]),
+    ],
+    "killed when it had left: its place is its own again": [
+        *STEP_OF_TWO,
+        (uploaded(2), []),
+        (ev.EdgeLeft(2, True), []),
+        (ev.EdgeRestarted(2), [FREE_TWO]),
+        (ev.HousekeepingDone(), []),
+        (smashed(1, 1), []),
+        (ev.EdgeLeft(2, True), [run_forward(1, step=1)]),
+    ],
+}
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(HAPPENINGS), st.integers(0, 5), st.integers(-1, 2)), min_size=20, max_size=120),
-    st.integers(1, 2),
-    st.integers(1, 2),
-    st.integers(0, 2),
-)
-def test_whatever_happens(happenings: list[tuple[str, int, int]], cohort: int, round_steps: int, rounds: int) -> None:
-    world = World(scheduler(cohort, round_steps, rounds))
-    world.do("join", 0, 0)
-    world.do("join", 1, 0)
-    for happening in happenings:
-        world.do(*happening)
-    for session in [session for session in world.sessions if session > 0]:
-        world.gone(session)
-    while world.computing is not None:
-        world.finish(good=True)
-    state = world.scheduler.state
-    assert not world.open
-    assert (state.members, state.awaiting, state.infers, state.answering, state.busy) == ({}, [], [], {}, False)
+
+@pytest.mark.parametrize("scenario", KILLS)
+def test_scenarios_of_processes_that_are_killed(scenario: str) -> None:
+    play(scheduler(), KILLS[scenario])
 
 
-def test_edges_that_do_their_part_take_every_step() -> None:
-    """No silence, no errors: three edges of unequal length train to the end, with generation in between."""
-    world = World(scheduler(3, 4))
-    steps = {1: 6, 2: 9, 3: 11}
-    for session in steps:
-        world.do("join", session, 0)
-    for turn in range(400):
-        state = world.scheduler.state
-        for session, wanted in steps.items():
-            member = state.members.get(session)
-            if member is None or member.left:
-                continue
-            step = member.applied
-            if state.phase is Phase.CLOSING:
-                world.tell(ev.AdapterUploaded(session, state.round, "a"))
-            elif step == wanted:
-                world.tell(ev.AdapterUploaded(session, state.round, "a"))
-                world.tell(ev.EdgeLeft(session, True))
-            elif member.inside == step and member.gradient is None:
-                world.tell(ev.GradientReceived(session, world.ask(session), step, (session, step)))
-            elif member.inside is None and member.smashed is None and session not in state.answering:
-                world.tell(ev.SmashedReceived(session, world.ask(session), step, (session, step)))
-        if turn % 2:
-            world.tell(ev.InferReceived(9, world.ask(9), "x"))
-        world.do("compute", 0, 0)
-    assert world.applied == {(session, step) for session, wanted in steps.items() for step in range(wanted)}
-    assert world.scheduler.state.hub_step == 11
-    assert not world.scheduler.state.members
+def test_a_checkpoint_that_is_due_goes_with_the_next_joined_forward_and_no_other() -> None:
+    play(
+        scheduler(),
+        [
+            *HIDDEN_OF_TWO,
+            (ev.CheckpointDue(), []),
+            (gradient(1), []),
+            (gradient(2), [run_backward(1, 2)]),
+            (backward_done(1, 2), [grad(1), grad(2)]),
+            (smashed(1, 1), []),
+            (smashed(2, 1), [act.RunForward(((1, "s1.1"), (2, "s2.1")), checkpoint=True)]),
+            (forward_done(1, 2), [hidden(1, 1), hidden(2, 1)]),
+            (gradient(1, 1), []),
+            (gradient(2, 1), [run_backward(1, 2, step=1)]),
+            (backward_done(1, 2), [grad(1, 1, hub_step=2), grad(2, 1, hub_step=2)]),
+            (smashed(1, 2), []),
+            (smashed(2, 2), [run_forward(1, 2, step=2)]),
+        ],
+    )
+
+
+def test_one_that_missed_a_publication_is_not_waited_for_in_the_next_round() -> None:
+    """Its forward was here before the round closed; it uploads for that round, and goes on from what is published."""
+    play(
+        scheduler(cohort=1, round_steps=1),
+        [
+            (joined(1), []),
+            (smashed(1), [run_forward(1)]),
+            (forward_done(1), [hidden(1)]),
+            (gradient(1), [run_backward(1)]),
+            (backward_done(1), [grad(1, closes=True)]),
+            (joined(2), []),
+            (smashed(2), []),
+            (uploaded(1), [close_round(0, 1)]),
+            (ev.EdgeLeft(1, True), []),
+            (ev.RoundPublished(1), [run_forward(2)]),
+            (forward_done(2), [hidden(2)]),
+            (gradient(2), [run_backward(2)]),
+            (backward_done(2), [grad(2, hub_step=2, closes=True)]),
+            (uploaded(2, 0), []),
+            (awaited(2, 0), [published(2, 1, 1), act.CloseRound(1, 2, ())]),
+        ],
+    )
+
+
+def test_an_edge_that_was_gone_and_uploads_from_another_seat_is_in_the_round_once() -> None:
+    play(
+        scheduler(round_steps=1),
+        [
+            *ONE_STEP,
+            (uploaded(2), []),
+            (ev.EdgeGone(2), [FREE_TWO]),
+            (ev.HousekeepingDone(), []),
+            (joined(3, "edge2", applied=1), []),
+            (uploaded(3), []),
+            (uploaded(1), [close_round(0, 1, 3)]),
+        ],
+    )

@@ -22,12 +22,13 @@ from hub.scheduler.state import Phase
 from tests.support.model_edge import Adapter, Ask, Edge, Gradient, Hidden, Smashed, digest
 from tests.support.model_hub import ModelHub
 
-#: FEDSEA_LONG=1: minutes instead of seconds.
+#: FEDSEA_LONG=1: minutes instead of seconds, and other sequences each time.
 _LONG = bool(os.environ.get("FEDSEA_LONG"))
 _SETTINGS = settings(
     max_examples=3000 if _LONG else 100,
     stateful_step_count=80 if _LONG else 40,
     deadline=None,
+    derandomize=not _LONG,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
@@ -154,19 +155,22 @@ class Honest(RuleBasedStateMachine):
     def a_checkpoint_is_written(self) -> None:
         self.hub.written()
 
-    @rule(written=st.integers(0, 1), published=st.booleans(), all_back=st.booleans())
-    def the_hub_is_killed(self, written: int, published: bool, all_back: bool) -> None:
+    @rule(written=st.integers(0, 1), published=st.booleans(), all_back=st.booleans(), lost=st.booleans())
+    def the_hub_is_killed(self, written: int, published: bool, all_back: bool, lost: bool) -> None:
         self.hub.kill(written, published)
-        self.a_hub_is_here_again(all_back)
+        self.a_hub_is_here_again(all_back, lost)
 
-    @rule(all_back=st.booleans())
-    def the_hub_is_stopped(self, all_back: bool) -> None:
+    @rule(all_back=st.booleans(), lost=st.booleans())
+    def the_hub_is_stopped(self, all_back: bool, lost: bool) -> None:
         self.hub.stop()
-        self.a_hub_is_here_again(all_back)
+        self.a_hub_is_here_again(all_back, lost)
 
-    def a_hub_is_here_again(self, all_back: bool) -> None:
+    def a_hub_is_here_again(self, all_back: bool, lost: bool) -> None:
         self.readers = []
         self.floor = self.hub.seen
+        for edge in self.edges:
+            if edge.process is not None and lost:
+                edge.process.lose_mail()
         for pick in range(len(self.edges) * all_back):
             self.an_edge_finds_a_new_session(pick)
 
@@ -222,6 +226,16 @@ class Honest(RuleBasedStateMachine):
     def rule_nothing_waits_that_could_be_computed(self) -> None:
         state = self.hub.scheduler.state
         assert state.busy or (plan.next_compute(state) is None and not state.infers and not state.freeing)
+
+    @invariant()
+    def rule_a_step_waits_for_its_active_members_only(self) -> None:
+        hub, state = self.hub, self.hub.scheduler.state
+        active = {seat.seat for seat in hub.seats.values() if seat.train and not seat.left and not seat.silent}
+        asked = {kind: {s for (s, _), a in hub.open.items() if a.ask.kind == kind} for kind in ("forward", "gradient")}
+        if state.phase is Phase.FORWARD and not state.busy:
+            assert not active or active - asked["forward"]
+        if state.phase is Phase.BACKWARD and not state.busy:
+            assert (active & set(state.joined)) - asked["gradient"]
 
     @invariant()
     def rule_every_open_request_is_held_in_one_place(self) -> None:
@@ -280,7 +294,7 @@ class Honest(RuleBasedStateMachine):
     def rule_steps_are_counted(self) -> None:
         state = self.hub.scheduler.state
         assert state.hub_step == len(self.hub.engine.log)
-        assert 0 <= state.round_step <= state.round_steps
+        assert 0 <= state.round_step <= state.round_steps + self.hub.overfull
 
     @invariant()
     def rule_applied_counts_the_joined_steps_that_an_edge_was_in(self) -> None:
@@ -333,7 +347,7 @@ class Honest(RuleBasedStateMachine):
     @invariant()
     def rule_a_round_that_has_all_its_steps_is_closing(self) -> None:
         state = self.hub.scheduler.state
-        assert state.round_step < state.round_steps or state.phase is Phase.CLOSING
+        assert state.round_step < state.round_steps or state.phase is Phase.CLOSING or self.hub.overfull
 
     @invariant()
     def rule_after_the_last_round_nothing_trains(self) -> None:
@@ -359,7 +373,7 @@ class Honest(RuleBasedStateMachine):
             if point is not None:
                 assert point.hub_step == len(point.log)
                 assert max(point.applied.values(), default=0) <= point.hub_step
-                assert point.round_step <= self.recipe.round_steps
+                assert point.round_step <= self.recipe.round_steps + self.hub.overfull
 
 
 class HonestOnly(Honest):
@@ -455,6 +469,12 @@ class Disorder(Honest):
     def a_rogue_asks(self, kind: str, offset: int, content: int) -> None:
         self.rogue.ask(self.hub, kind, offset, content)
 
+    @rule(content=st.integers(0, 1), ticks=st.integers(0, 12))
+    def a_rogue_does_its_part(self, content: int, ticks: int) -> None:
+        for _ in range(ticks + 1):
+            self.rogue.play_along(self.hub, content)
+            self.things_go_on(1, True)
+
     @rule(done=st.booleans())
     def a_rogue_leaves(self, done: bool) -> None:
         self.rogue.ask(self.hub, "leave", 0, done)
@@ -494,6 +514,12 @@ class Rogue:
             "leave": Ask("leave", content=bool(content)),
         }
         hub.ask(self.number, asks[kind], self.hear)
+
+    def play_along(self, hub: ModelHub, content: int) -> None:
+        """Ask for what is next, if nothing is asked for yet."""
+        if not any(asked.number == self.number for asked in hub.open.values()):
+            mine = [m for m in hub.scheduler.state.members.values() if m.name == self.name]
+            self.ask(hub, "gradient" if mine and mine[0].inside is not None else "forward", 0, content)
 
     def hear(self, answer: object) -> None:
         if isinstance(answer, Hidden):

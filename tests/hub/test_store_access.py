@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hub.store.access import clean_name
 from hub.store.database import SCHEMA_VERSION, Database, create_database
+from hub.store.invitations import clean_name
 from hub.store.state import HubState
 from messaging.errors import InputError, Refused
 from messaging.keys import new_keys

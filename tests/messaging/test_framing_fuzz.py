@@ -37,7 +37,7 @@ def decodes_or_refuses(frames: list[Any]) -> None:
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 1 << 32))
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 def test_mutations_end_in_the_named_error(kind: int, seed: int) -> None:
     rng = random.Random(seed)
     decodes_or_refuses(mutated(samples.frames(samples.KINDS[kind], rng), rng))

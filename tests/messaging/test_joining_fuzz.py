@@ -62,7 +62,7 @@ def test_any_text(text: str) -> None:
 
 
 @given(st.binary(max_size=800) | ANYTHING.map(msgpack.packb))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_any_bytes_inside(packed: bytes) -> None:
     parses_or_refuses("fedsea1:" + base64.urlsafe_b64encode(packed).decode().rstrip("="))
 

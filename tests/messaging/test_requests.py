@@ -108,7 +108,7 @@ def test_channels() -> None:
     assert channel_of(infer(64 * 1024 + 1)) is Channel.BULK
     assert channel_of(step(1, 1)) is Channel.BULK
     assert channel_of(AwaitRound(1)) is Channel.BULK
-    assert channel_of(Fetch("manifest", 0, 10)) is Channel.BULK
+    assert channel_of(Fetch("manifest", 0, 10, 0)) is Channel.BULK
     assert channel_of(Describe(1, 1, "x")) is Channel.CTL
 
 
@@ -253,6 +253,18 @@ def test_busy_means_that_the_hub_has_it() -> None:
     assert isinstance(requests.received(reply(asked, InferHidden(tensor(4))), 501.0), Answered)
 
 
+def test_later_means_to_send_it_again_in_a_while() -> None:
+    requests = table()
+    for message in (infer(), step(1)):
+        asked = requests.add(message, 0.0)
+        flush(requests, 0.0)
+        requests.received(refusal(asked, ErrorCode.BUSY), 0.5)
+        assert requests.received(refusal(asked, ErrorCode.LATER), 1.0) is None
+        assert 1.0 <= requests.next_event() <= 11.0
+        assert flush(requests, 12.0) == [asked]
+        assert requests.received(refusal(asked, ErrorCode.STALE), 13.0) is not None
+
+
 def test_doubt_when_the_hub_lives_and_shows_no_sign_of_having_it() -> None:
     requests = table(give_up_s=math.inf)
     asked = requests.add(infer(64 * 1024 - 100), 0.0)
@@ -358,7 +370,7 @@ def test_the_same_session_goes_on() -> None:
 
 def test_a_new_session_ends_what_belonged_to_the_old_one() -> None:
     requests = table()
-    forward, fetch, small = requests.add(step(1), 0.0), requests.add(Fetch("x", 0, 1), 0.0), requests.add(infer(), 0.0)
+    forward, fetch, small = (requests.add(item, 0.0) for item in (step(1), Fetch("x", 0, 1, 0), infer()))
     flush(requests, 0.0)
     failed = requests.opened(Session(6, 3, 1 << 20, next_ordered=40))
     assert [item.request for item in failed] == [forward, small]

@@ -113,6 +113,7 @@ class Process:
         self._edge, self._hub = edge, hub
         self.welcome = hub.hello(edge.name)
         self.asked: Ask | None = None
+        self._latest = Ask("session")
         self.mail: object = None
         self.ended: str | None = None
         self._parting = False
@@ -138,6 +139,11 @@ class Process:
         if asked is not None and self.mail is None:
             self.mail = self.welcome if asked.kind == "session" else LinkLost("a new session")
 
+    def lose_mail(self) -> None:
+        """What the hub answered last was still on its way when the hub ended."""
+        if self.mail is not None and not self._parting and self._latest.kind not in ("pause", "session"):
+            self.mail, self.asked = None, self._latest
+
     def hear(self, version: int, round_: int) -> None:
         """A Pong."""
         self._pong = (version, round_)
@@ -156,7 +162,7 @@ class Process:
         except StopIteration as stop:
             self.ended = stop.value
             return
-        self.asked = ask
+        self.asked = self._latest = ask
         bound = ask.kind not in ("pause", "session", "where", "infer") and not self._parting
         if ask.kind == "pause":
             self._answered(True)
@@ -165,9 +171,7 @@ class Process:
             self._answered(LinkLost("a new session"))
         elif not self.lost:
             if ask.kind in ("session", "where"):
-                if ask.kind == "where":
-                    self.welcome = self._hub.welcome(self.welcome.number)
-                self._answered(self.welcome)
+                self._answered(self.welcome if ask.kind == "session" else self._hub.welcome(self.welcome.number))
             else:
                 self._hub.ask(self.welcome.number, ask, self._answered)
 
@@ -283,10 +287,11 @@ class Process:
     def _finish_round(self) -> Generator[Ask, Any, bool]:
         self._wait()
         standing, done = self._edge.standing, self._all_taken()
+        if done:
+            # Ahead of the upload: the checkpoint that the last upload brings about knows that it has left.
+            yield Ask("leave", content=True)
         if standing.tokens:
             yield Ask("upload", standing.round, Adapter(self._edge.name, standing.round, standing.weights))
-        if done:
-            yield Ask("leave", content=True)
         published = yield Ask("await", standing.round)
         self._load(published.version)
         self._begin_round(published.round)
@@ -316,10 +321,8 @@ class Process:
 
     def _go_back(self, newest: Standing, welcome: Welcome) -> bool:
         edge, applied = self._edge, welcome.applied
-        if applied - 1 == newest.steps:
-            found = edge.at(newest.steps, newest.round)
-        else:
-            found = edge.at(applied, welcome.round)
+        missed_one = applied - 1 == newest.steps
+        found = edge.at(newest.steps, newest.round) if missed_one else edge.at(applied, welcome.round)
         if found is None:
             return False
         edge.standing = found

@@ -108,11 +108,13 @@ class ModelHub:
         self.owed: Counter[tuple[int, int]] = Counter()
         #: who took a step in the open round, or was restored as one who did
         self.trained: set[int] = set()
+        self.uploaded: set[int] = set()
         #: the latest answers that stand for a step, by seat
         self.grads: dict[int, tuple[int, object, int, bool]] = {}
         self.hiddens: dict[tuple[int, int], Hidden] = {}
         self._passed_training = self._passed_inference = 0
         self.seen = (state.version, state.round, state.hub_step)
+        self.overfull = False
         if point is not None:
             self._restore(point)
 
@@ -136,6 +138,8 @@ class ModelHub:
                 self.grads[number] = (given.step, given.answer, given.hub_step, given.closes)
         if state.members and point.gathered and state.phase is Phase.GATHERING:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
+        # Everybody was gone when the hub stopped: who comes now takes one more step and closes the round.
+        self.overfull = state.phase is Phase.GATHERING and state.round_step >= state.round_steps
 
     def kill(self, written: int, published: bool) -> None:
         """kill -9: `written` of the checkpoints under way reach the disk; `published`: so does that of a round."""
@@ -208,6 +212,7 @@ class ModelHub:
         """Nothing came for the grace."""
         if self.seats[seat].train and not self.seats[seat].silent:
             self.seats[seat].silent = True
+            self.trained -= {seat} - self.uploaded
             self.tell(ev.EdgeFellSilent(seat))
 
     def gone(self, seat: int) -> None:
@@ -230,6 +235,8 @@ class ModelHub:
         request, seat.request = seat.request, seat.request + 1
         match ask.kind:
             case "upload":
+                if ask.number == self.scheduler.state.round:
+                    self.uploaded.add(seat.seat)
                 self.tell(ev.AdapterUploaded(seat.seat, ask.number, ask.content))
                 reply(True)
                 return
@@ -250,6 +257,9 @@ class ModelHub:
             case "gradient":
                 self.tell(ev.GradientReceived(seat.seat, request, ask.number, ask.content))
             case "await":
+                if ask.number < self.scheduler.state.round:
+                    # It missed a publication, and goes on from that: its steps since then are in no adapter of it.
+                    self.trained -= {seat.seat} - self.uploaded
                 self.tell(ev.RoundAwaited(seat.seat, request, ask.number))
             case _:
                 self.tell(ev.InferReceived(seat.seat, request, ask.content))
@@ -301,7 +311,7 @@ class ModelHub:
             case act.CloseRound():
                 self._save_round(action)
                 self.writing, self._due = [], True
-                self.trained.clear()
+                self.trained, self.uploaded, self.overfull = set(), set(), False
                 self.begun = dict(self.applied)
                 self.tell(ev.RoundPublished(action.version))
             case act.FreeStreams():
@@ -411,7 +421,7 @@ class ModelHub:
                 self._check_round(action)
             case act.FreeStreams():
                 self.owed.subtract(action.streams)
-                assert not +self.owed and not -self.owed, "all caches of closed streams are freed, once each"
+                assert not any(self.owed.values()), "all caches of closed streams are freed, once each"
             case act.RunInfer():
                 asked = [self.open[session, request].ask for session, request, _ in action.requests]
                 assert [item[2] for item in action.requests] == [ask.content for ask in asked]

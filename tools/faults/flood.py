@@ -8,7 +8,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import zmq
 
@@ -120,10 +120,9 @@ def _greedy(hub: Hub, keys: KeyPair) -> Iterator[Callable[[], None]]:
     with Swarm(hub, [keys]) as swarm:
         swarm.join(20)
         (ctl,) = swarm.members
-        bulk = swarm.add(keys, Channel.BULK)
+        bulk = swarm.add(keys, Channel.BULK, stuck=True)
         bulk.session, bulk.version = ctl.session, ctl.version
         tensor = states(8192)
-        bulk.stuck = ctl.stuck = True
         due = time.monotonic()
 
         def gulp() -> None:
@@ -273,7 +272,7 @@ def _longest_wait(swarm: Swarm, since: float) -> float:
     """The longest time without an answer to any of the members."""
     answered = sorted(at for member in swarm.members for at, _ in member.took if at > since)
     times = [since, *answered, time.monotonic()]
-    return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    return max(later - earlier for earlier, later in pairwise(times))
 
 
 # --- row 15: connections that say nothing -------------------------------------------------------------
@@ -308,8 +307,10 @@ def _descriptors(hub: Hub) -> int:
     return len(os.listdir(f"/proc/{hub.process.pid}/fd"))
 
 
-FAULTS: tuple[Fault, ...] = (
+READERS: tuple[Fault, ...] = (
     Fault("7", "one stuck reader among healthy edges", (_STUCK_MB, _STUCK_P99, _STUCK_CUT), stuck_reader),
+)
+FAULTS: tuple[Fault, ...] = (
     Fault("13", "frames over the limit", (_LARGE_MB, _ANNOUNCED_MB, _GOES_ON), large_frames),
     Fault("14", "endless frames from an enrolled key", _ROWS_14, endless),
     Fault("15", "silent connections", (_SILENT,), silent),

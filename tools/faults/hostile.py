@@ -15,7 +15,8 @@ from tools.faults.fault import Fault, Setting
 from tools.faults.raw import RawEdge
 from tools.fuzz import mutate, samples
 from tools.fuzz.meter import Meter, resident_mb
-from tools.fuzz.run import MOST_MB, MOST_MS, NAMES, Outcome, fuzz, why_not
+from tools.fuzz.run import MOST_MB, MOST_MS, Outcome, fuzz, why_not
+from tools.fuzz.targets import NAMES
 from tools.programs import Programs
 from tools.table import Row, Skipped, at_least, at_most, reported
 
@@ -46,13 +47,13 @@ def noise(setting: Setting) -> Sequence[Row | Skipped]:
             at_most(_FUZZED[1], max(outcome.worst_ms for outcome in outcomes), MOST_MS),
             at_most(_FUZZED_MB, max(outcome.worst_mb for outcome in outcomes), MOST_MB),
         ]
-    wrong, meter = _mutations(setting.count(300_000, 5_000), setting)
+    wrong, meter = _mutations(setting.count(300_000, 2_000), setting)
     rows += [
         at_most(_MUTATED, wrong, 0),
         at_most(_MUTATED_MS, meter.worst_ms, MOST_MS),
         at_most(_MUTATED_MB, meter.worst_mb, MOST_MB),
     ]
-    rows += _feed(setting, setting.count(1_000, 15))
+    rows += _feed(setting, setting.count(1_000, 9))
     return [*rows, reported(_SEEN, seen + meter.calls)]
 
 

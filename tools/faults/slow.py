@@ -22,7 +22,22 @@ class SlowRelay(Relay):
         self._free_at = {"to_hub": 0.0, "to_edge": 0.0}
         self._pacing = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._closed = threading.Event()
+        self._made: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         super().__init__(join)
+
+    def close(self) -> None:
+        """End everything that passes through, and take no more connections."""
+        self._closed.set()
+        for listener in self._listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+        self.cut()
+        for thread in list(self._threads):
+            thread.join(5.0)
+        for sock in (*self._made, *self._listeners):
+            sock.close()
 
     def cut(self) -> None:
         """Break every connection; whatever is on its way is lost."""
@@ -34,16 +49,25 @@ class SlowRelay(Relay):
         with suppress(OSError):
             while True:
                 near, _ = listener.accept()
-                try:
-                    far = socket.create_connection((host, port))
-                except OSError:
-                    # Nobody is there just now: as if nobody listened here.
+                self._made.append(near)
+                far = self._dial(host, port)
+                if far is None:
                     near.close()
                     continue
                 for sock in (near, far):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pass, args=(near, far, "to_hub"), daemon=True).start()
-                threading.Thread(target=self._pass, args=(far, near, "to_edge"), daemon=True).start()
+                self._made.append(far)
+                for ends in ((near, far, "to_hub"), (far, near, "to_edge")):
+                    thread = threading.Thread(target=self._pass, args=ends, daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _dial(self, host: str, port: int) -> socket.socket | None:
+        """The hub's end; while nobody is there, the caller waits as on a line that is dead."""
+        while not self._closed.wait(0.05):
+            with suppress(OSError):
+                return socket.create_connection((host, port))
+        return None
 
     def _pass(self, source: socket.socket, target: socket.socket, counter: str) -> None:
         # What waits here is the line's own length and no more: TCP pushes back on whoever sends faster.

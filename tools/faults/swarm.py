@@ -62,11 +62,21 @@ class Member:
     """One edge: a DEALER on one channel, what it has asked, and how long the answers took."""
 
     def __init__(
-        self, context: zmq.Context[Any], hub: HubAddress, keys: KeyPair, channel: Channel, touched: set[Member]
+        self,
+        context: zmq.Context[Any],
+        hub: HubAddress,
+        keys: KeyPair,
+        channel: Channel,
+        touched: set[Member],
+        stuck: bool = False,
     ) -> None:
         self._touched = touched
         self.sock = context.socket(zmq.DEALER)
         set_common_options(self.sock, channel)
+        if stuck:
+            # It stops reading at the kernel too. Without heartbeats: libzmq's assertion on them would end this process.
+            self.sock.setsockopt(zmq.RCVHWM, 1)
+            self.sock.setsockopt(zmq.HEARTBEAT_IVL, 0)
         self.sock.setsockopt(zmq.RECONNECT_IVL, 250)
         self.sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self.sock.setsockopt(zmq.CURVE_SERVERKEY, hub.key.encode())
@@ -80,7 +90,7 @@ class Member:
         #: (when, seconds) of each answer
         self.took: list[tuple[float, float]] = []
         self.errors: list[m.Error] = []
-        self.stuck = False
+        self.stuck = stuck
         self._next = UNORDERED_BASE
 
     def ask(self, message: m.AnyMessage) -> None:
@@ -183,9 +193,9 @@ class Swarm:
         self._epoll.close()
         self._context.destroy(linger=0)
 
-    def add(self, keys: KeyPair, channel: Channel = Channel.CTL) -> Member:
-        """One more."""
-        member = Member(self._context, self.hub, keys, channel, self._touched)
+    def add(self, keys: KeyPair, channel: Channel = Channel.CTL, stuck: bool = False) -> Member:
+        """One more; `stuck`: it is never to be read."""
+        member = Member(self._context, self.hub, keys, channel, self._touched, stuck)
         self.members.append(member)
         fd = cast(int, member.sock.getsockopt(zmq.FD))
         self._by_fd[fd] = member

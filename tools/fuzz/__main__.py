@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.fuzz.run import NAMES, fuzz, why_not
+from tools.fuzz.run import fuzz, why_not
+from tools.fuzz.targets import NAMES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import atheris  # type: ignore[import-not-found,unused-ignore]
+import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from tools.fuzz.meter import Meter
 from tools.fuzz.run import MOST_MB, MOST_MS
+from tools.fuzz.targets import target
 
+#: What counts as covered.
+_OURS = ["messaging", "blocks.layout", "blocks.planes", "hub.worker", "tools.fuzz"]
 #: Inputs before figures count: the first ones import modules and fill caches.
 _WARM = 300
 _LONGEST = 20_000
@@ -25,12 +29,9 @@ class Slow(Exception):
 def main() -> None:
     """Fuzz until the time is over; libFuzzer then ends the process."""
     name, figures, seconds, corpus, crash = sys.argv[1:]
-    with atheris.instrument_imports(
-        include=["messaging", "blocks.layout", "blocks.planes", "hub.worker", "tools.fuzz.targets"]
-    ):
-        from tools.fuzz.targets import TARGETS
-    target = TARGETS[name]
-    for seed in target.seeds():
+    with atheris.instrument_imports(include=_OURS):
+        fuzzed = target(name)
+    for seed in fuzzed.seeds():
         (Path(corpus) / f"seed-{hashlib.sha256(seed).hexdigest()[:16]}").write_bytes(seed)
     meter = Meter()
     flags = [
@@ -40,12 +41,11 @@ def main() -> None:
         "-print_final_stats=1",
         "-verbosity=0",
     ]
-    atheris.Setup([sys.argv[0], *flags, corpus], lambda data: _one(target.run, data, meter, Path(figures)))
+    atheris.Setup([sys.argv[0], *flags, corpus], lambda data: _one(fuzzed.run, data, meter, Path(figures)))
     atheris.Fuzz()
 
 
-def _one(run: object, data: bytes, meter: Meter, figures: Path) -> None:
-    assert callable(run)
+def _one(run: Callable[[bytes], None], data: bytes, meter: Meter, figures: Path) -> None:
     before = meter.worst_ms, meter.worst_mb
     meter.measure(lambda: run(data))
     if meter.calls == _WARM:

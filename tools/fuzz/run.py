@@ -10,8 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-#: As in `targets.TARGETS`, which takes seconds to import.
-NAMES = ("decode", "layout", "join_string", "upload", "planes")
 #: What one input may take at most.
 MOST_MS, MOST_MB = 100.0, 50.0
 _START_S = 120
