@@ -24,6 +24,8 @@ from messaging.requests import Requests, Session
 from messaging.transport import Buffer, Channel, Connected, ConnectFailed, Disconnected, EdgeSide, FailReason, Reachable
 
 M = TypeVar("M", bound=m.Message)
+#: What makes sense only where the hub stands as it did when it was decided.
+_TRAINING = (m.StepForward, m.StepBackward, m.Upload, m.AwaitRound)
 
 _LONGEST_WAIT_S = 0.25
 _WRONG_KEY_TRIES = 3
@@ -73,6 +75,8 @@ class HubClient:
         #: the WELCOME of the session that is open; it changes when the hub was restarted
         self.welcome: m.Welcome | None = None
         self.session = 0
+        #: the session that training goes on in
+        self._adopted = 0
         #: what the next Ping says of this edge; set by whoever knows
         self.status = m.Ping("joining", 0, 0.0, 0.0, 0.0, 0.0, None)
         self.figures = LinkFigures(heard_at=clock())
@@ -113,12 +117,31 @@ class HubClient:
     def open(self, hello: m.Hello) -> m.Welcome:
         """Open a session; from here on it is reopened by itself when the hub forgot it."""
         self._hello = hello
-        return self.ask(hello, m.Welcome)
+        self.ask(hello, m.Welcome)
+        return self.adopt()
 
     def where(self) -> m.Welcome:
         """The WELCOME of this session as of now: it tells which of this edge's steps the hub has applied."""
         assert self._hello is not None
         return self.ask(replace(self._hello, resume=self.session), m.Welcome)
+
+    def adopt(self) -> m.Welcome:
+        """The WELCOME of the session that is open now, however long that takes; training goes on in this session.
+
+        Until it is adopted, what belongs to training fails with LinkLost in a session that was opened meanwhile:
+        the hub may stand elsewhere now, and the asker has to stand there first.
+        """
+        while True:
+            welcome = self.wait_for_session(math.inf)
+            with self._session_changed:
+                if welcome is self.welcome:
+                    self._adopted = self.session
+                    return welcome
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the session that is open is the one that training goes on in."""
+        return self._adopted == self.session
 
     def wait_for_session(self, timeout_s: float) -> m.Welcome:
         """The WELCOME of a session that is open now. Raises HubUnreachable when there is none in time."""
@@ -188,6 +211,10 @@ class HubClient:
             message, future, deadline_s = self._inbox.get()
             if self._refusal is not None:
                 future.set_exception(self._refusal)
+                continue
+            training = isinstance(message, _TRAINING) or (isinstance(message, m.Leave) and message.done)
+            if training and not self.adopted:
+                future.set_exception(LinkLost("the session that this belongs to has ended"))
                 continue
             try:
                 number = self._requests.add(message, now, deadline_s)

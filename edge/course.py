@@ -162,6 +162,7 @@ class Course:
         self.optimizer.load(dict(snapshot.optimizer))
         self._middle.version = snapshot.standing.version
         self.standing, self._sound = snapshot.standing, snapshot
+        self._snapshots.drop_after(snapshot.standing)
         self._journal.log(f"resumed at step {snapshot.standing.steps}, nothing lost")
         return True
 

@@ -124,6 +124,13 @@ class Snapshots:
                 return self._read(found[(steps, candidate)])
         return None
 
+    def drop_after(self, standing: Standing) -> None:
+        """Forget what came after a snapshot: the hub has gone back, and all that is undone."""
+        self.wait()
+        for (steps, round_), path in self._found().items():
+            if (round_, steps) > (standing.round, standing.steps):
+                path.unlink(missing_ok=True)
+
     def _found(self) -> dict[tuple[int, int], Path]:
         names = ((path, _NAME.fullmatch(path.name)) for path in self._folder.iterdir())
         return {(int(match[1]), int(match[2])): path for path, match in names if match is not None}

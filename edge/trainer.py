@@ -71,7 +71,6 @@ class Trainer:
         self._parts = parts
         self._course = course
         self._steps = steps
-        self._session = parts.client.session
         self.progress = Progress()
         self._show()
 
@@ -122,7 +121,7 @@ class Trainer:
                 raise self._stopped(str(error)) from error
             except LinkLost:
                 self._parts.journal.log("the connection broke in the middle of a step: repeating it")
-                self._resume(self._parts.client.wait_for_session(math.inf))
+                self._resume(self._parts.client.adopt())
             except HubError as error:
                 if error.code is ErrorCode.TRAINING_OVER:
                     self._course.load(self._latest_version())
@@ -135,7 +134,7 @@ class Trainer:
             self._wait_for_hub()
         elif error.code is ErrorCode.BEHIND:
             self._parts.journal.log(f"step {self._course.standing.steps} is repeated: {error}")
-            welcome = self._parts.client.where()
+            welcome = self._where()
             if welcome.applied == self._course.standing.steps + 1:
                 # It holds another answer than to what was asked: this edge's data or arithmetic have changed.
                 self._course.skip(welcome)
@@ -210,20 +209,21 @@ class Trainer:
                     raise
                 time.sleep(_STOPPING_S)
             steps = self._course.standing.steps
-            self._resume(self._parts.client.wait_for_session(math.inf))
+            self._resume(self._parts.client.adopt())
             if self._course.standing.steps != steps:
                 return False
 
     def _finish_round(self) -> bool:
-        """Upload, leave if all steps are done, wait for the publication, load it. Returns whether training is over."""
+        """Leave if all steps are done, upload, wait for the publication, load it. Returns whether training is over."""
         parts, course, done = self._parts, self._course, self._all_taken()
         standing = course.standing
         course.saved()
+        if done:
+            # First, so that no checkpoint has this edge as one that takes more steps.
+            parts.client.ask(m.Leave(1, "all steps are taken"), m.Bye)
         self._say("uploading the adapter")
         if standing.round_tokens:
             self._upload()
-        if done:
-            parts.client.ask(m.Leave(1, "all steps are taken"), m.Bye)
         self._say("waiting for the round")
         published = parts.client.ask(m.AwaitRound(standing.round), m.Published)
         course.load(published.version)
@@ -234,9 +234,7 @@ class Trainer:
     def _upload(self) -> None:
         data, standing = save_safetensors(adapters.read(self._parts.cut)), self._course.standing
         with self._parts.journal.task("uploading the adapter", len(data)) as task:
-            Uploading(self._parts.client, self._course.standing.round, self._course.standing.round_tokens, data).run(
-                task
-            )
+            Uploading(self._parts.client, standing.round, standing.round_tokens, data).run(task)
 
     def _latest_version(self) -> int:
         pong = self._parts.client.figures.pong
@@ -247,8 +245,8 @@ class Trainer:
     def _keep_up(self) -> None:
         """Before a step: notice a new session, and a round that was closed without this edge."""
         client = self._parts.client
-        if client.session != self._session:
-            self._resume(client.wait_for_session(math.inf))
+        if not client.adopted:
+            self._resume(client.adopt())
         version = self._latest_version()
         if version > self._parts.middle.version:
             self._parts.journal.log(f"taking over adapter version {version}, published without this edge")
@@ -260,14 +258,20 @@ class Trainer:
 
     def _resume(self, welcome: m.Welcome) -> None:
         """A session is open again: stand where the hub stands."""
-        self._session = self._parts.client.session
         self._course.resume(welcome)
         self._show()
+
+    def _where(self) -> m.Welcome:
+        """Where the hub stands now."""
+        try:
+            return self._parts.client.where()
+        except LinkLost:
+            return self._parts.client.adopt()
 
     def _wait_for_hub(self) -> None:
         self._say("the hub is stopping")
         time.sleep(_STOPPING_S)
-        self._resume(self._parts.client.wait_for_session(math.inf))
+        self._resume(self._parts.client.adopt())
 
     # -- figures ---------------------------------------------------------------------------------------
 

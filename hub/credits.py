@@ -125,7 +125,8 @@ class Credits:
 
     def release(self, owner: Hashable, size: int) -> None:
         """Bytes of `hold` are free again."""
-        self._loose[owner] -= size
-        if not self._loose[owner]:
-            del self._loose[owner]
+        # A lot of no bytes may be the last to go: the owner is forgotten by then.
+        left = self._loose.pop(owner, 0) - size
+        if left:
+            self._loose[owner] = left
         self._held -= size

@@ -39,7 +39,7 @@ def set_common_options(sock: Socket, channel: Channel) -> None:
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER[channel])
     # No limit here: where one stops the input, and the peer then goes away before a heartbeat is due, libzmq 4.3.5
     # aborts the whole process (an assertion on _io_error). Credits bound what arrives, and `watch.py` at the hub.
-    sock.setsockopt(zmq.RCVHWM, 8)
+    sock.setsockopt(zmq.RCVHWM, 0)
     sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_LINK_MS)
     sock.setsockopt(zmq.TCP_MAXRT, _DEAD_LINK_MS)

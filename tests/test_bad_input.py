@@ -269,10 +269,10 @@ def test_loss_that_is_not_finite(programs: Programs, notes: Path) -> None:
 
 @pytest.mark.slow
 def test_hub_that_cannot_be_reached(programs: Programs, notes: Path) -> None:
-    """An edge that is new, one that is enrolled, and one that trains: all try for 30 s, and say so."""
+    """An edge that is new, one that is enrolled, and one that trains and may give up: all try for 30 s."""
     hub = programs.serve()
     programs.run("edge", "generate", hub.join, "--state", programs.folder / "member", "--max-new-tokens", 1)
-    training = programs.edge(hub, "training", notes, "--partition", "1:1")
+    training = programs.edge(hub, "training", notes, "--partition", "1:1", "--give-up", 30)
     training.until_says("step 1")
     join = read_join(hub.join)
     hub.process.kill()

@@ -148,7 +148,7 @@ class Scheduler:
     def _begin_when_gathered(self) -> None:
         state = self.state
         if state.phase is Phase.GATHERING and len(state.active) >= state.cohort:
-            state.phase = Phase.FORWARD
+            state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
 
     def _when_nobody_is_active(self) -> None:
         """No step can be taken: close the round for those who wait for it, or gather a cohort again.
