@@ -163,7 +163,9 @@ class Course:
         self._middle.version = snapshot.standing.version
         self.standing, self._sound = snapshot.standing, snapshot
         self._snapshots.drop_after(snapshot.standing)
-        self._journal.log(f"resumed at step {snapshot.standing.steps}, nothing lost")
+        again = newest.steps - snapshot.standing.steps
+        repeated = f": the hub went back, {again} steps are taken again" if again else ""
+        self._journal.log(f"resumed at step {snapshot.standing.steps}, nothing lost{repeated}")
         return True
 
     def _load_published(self, welcome: m.Welcome) -> None:

@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import partial
 
 import messaging.messages as m
-from hub.credits import Verdict
+from hub.admission import Admission
 from hub.desk import Desk
 from hub.door import Door
 from hub.figures import Figures
 from hub.filing import Filing
-from hub.guard import Guard, too_large
+from hub.guard import Guard
 from hub.jobs import EdgeAdapter
 from hub.ledger import Ledger
 from hub.library import Library
@@ -30,7 +30,8 @@ from hub.post import Post, error, refusal
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
-from hub.scheduler.state import Member, Phase, State
+from hub.scheduler.state import State
+from hub.seating import Seating
 from hub.sessions import Session, Sessions
 from hub.store.state import HubState
 from hub.watch import Watch
@@ -38,18 +39,12 @@ from hub.worker import CheckpointWritten, Failure, Report, Worker
 from messaging.console import Journal
 from messaging.errors import ErrorCode, FedseaError, ForeignSession, HubError, ProtocolError, VersionMismatch
 from messaging.framing import decode
-from messaging.replies import Busy, Gap, New, Replay, Stale
 from messaging.transport import WATCH_S, Arrival, Channel, HubSide, Route
 
 _TICK_S = 0.5
 _PARKED_S = 0.02
-_INFER_SILENCE_S = 120.0
 _FLUSH_S = 3.0
-#: Silent training sessions are forgotten after this; their edges may come back all the same.
-_TRAIN_SILENCE_S = 600.0
 _SEEN_S = 60.0
-#: Generations that a restart broke off come back within this time for the adapter version that they began with.
-_RETURN_S = 60.0
 _SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.002, 3.0
 
 
@@ -75,7 +70,6 @@ class Server:
         self._scheduler = Scheduler(scheduler_state)
         self._desk = desk
         self._journal = journal
-        self._grace_s = grace_s
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._worker = worker_of(lambda event: self._from_thread(partial(self._on_compute, event)))
@@ -84,12 +78,16 @@ class Server:
         self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch, desk.credits)
         self._ledger = Ledger(desk.applied, desk.round_tokens)
+        self._seating = Seating(
+            self._sessions, scheduler_state, state.access, desk, self._door, self._ledger, journal, self._decide,
+            lambda: self._worker.engine.versions, grace_s, clock,
+        )  # fmt: skip
+        self._admission = Admission(self._post, desk.credits, self._seating.close)
         self._checkpoint_s = checkpoint_s
         #: when the next checkpoint is due; inf while one is due or being written
         self._checkpoint_at = clock() + checkpoint_s
         self._stopping = threading.Event()
         self._tick_at = clock()
-        self._returning_until = clock() + _RETURN_S
         self._seen_at = clock() + _SEEN_S
         self._failure: BaseException | None = None
         self._guard = Guard(transport, self._post, state.access, desk, journal)
@@ -211,7 +209,7 @@ class Server:
             raise ForeignSession()
         if session is None or envelope.epoch != self._desk.epoch:
             raise HubError(ErrorCode.NO_SESSION, "the hub has no such session: it was restarted, or the session ended")
-        self._heard(session)
+        self._seating.heard(session)
         session.replies.ack(envelope.ack)
         self._desk.credits.record(session.account, session.replies.kept_bytes)
         match packet.message:
@@ -222,44 +220,8 @@ class Server:
             case m.CloseStream():
                 self._decide(ev.StreamClosed(session.seat, packet.message.stream))
             case _:
-                if self._admit(session, route, packet, size):
+                if self._admission.admit(session, route, packet, size):
                     self._begin(session, packet)
-
-    def _admit(self, session: Session, route: Route, packet: m.Packet, size: int) -> bool:
-        """Whether a request is to be carried out; duplicates are answered from the record."""
-        request = packet.envelope.request
-        if session.replies.is_next(request) and not self._afford(session, route, request, size):
-            return False
-        match session.replies.admit(request):
-            case New():
-                session.routes[request] = (route, size)
-                return True
-            case Replay(frames):
-                self._post.replay(route, session.number, request, frames)
-            case Busy():
-                # The answer goes where the edge can be reached now.
-                session.routes[request] = (route, session.routes.get(request, (route, size))[1])
-                self._post.tell(session, route, request, error(ErrorCode.BUSY, "in work"))
-            case Stale():
-                self._post.tell(session, route, request, error(ErrorCode.STALE, "answered long ago"))
-            case Gap(expected):
-                gap = error(ErrorCode.GAP, "an earlier request is missing", expected)
-                self._post.tell(session, route, request, gap)
-        return False
-
-    def _afford(self, session: Session, route: Route, request: int, size: int) -> bool:
-        """Whether the sender's credits and the hub's memory allow a new request; if not, it is told."""
-        credits = self._desk.credits
-        match credits.take(session.account, size):
-            case Verdict.TAKEN:
-                return True
-            case Verdict.LATER:
-                self._post.later(route, session.number, request)
-            case Verdict.NEVER:
-                raise too_large(credits.budget)
-            case Verdict.BROKEN:
-                self._close(session, "it sent more than its credits allow")
-        return False
 
     def _begin(self, session: Session, packet: m.Packet) -> None:
         message, request = packet.message, packet.envelope.request
@@ -275,9 +237,7 @@ class Server:
                 self._decide(ev.EdgeLeft(session.seat, bool(message.done)))
                 self._post.answer(session, request, m.Bye())
                 if not message.done:
-                    self._door.closed(session, f"it left: {message.reason}")
-                    self._decide(ev.EdgeGone(session.seat))
-                    self._sessions.remove(session.number)
+                    self._seating.leave(session, message.reason)
             case _ if event is not None:
                 self._decide(event)
 
@@ -285,122 +245,17 @@ class Server:
 
     def _hello(self, key: str, name: str, route: Route, request: int, hello: m.Hello) -> None:
         self._guard.check(key)
-        scheduler = self._scheduler.state
-        resumed = self._sessions.get(hello.resume, key) if hello.resume else None
-        if resumed is None:
-            session = self._open(key, name, hello)
-        else:
-            session = resumed
-            self._heard(session)
-        durable = self._ledger.durable(key)
-        if resumed is None:
-            self._door.opened(session, route)
-        welcome = self._desk.welcome(session, scheduler.version, scheduler.round, durable)
+        session, welcome = self._seating.hello(key, name, route, hello)
         self._post.tell(session, route, request, welcome)
         self._filing.run(partial(self._state.access.record_seen, [key]))
 
-    def _open(self, key: str, name: str, hello: m.Hello) -> Session:
-        """A session for a process of an edge; one that trains takes the seat of the process before it."""
-        place = self._desk.check_hello(hello)
-        before = self._before(key, hello) if hello.train else None
-        number = self._sessions.number()
-        session = Session(
-            number=number,
-            seat=number if before is None else before.seat,
-            key=key,
-            name=name,
-            train=bool(hello.train),
-            partition=(hello.p, hello.q),
-            place=place,
-            version=None if hello.train else self._version(hello),
-            replies=self._desk.new_replies(),
-            heard_at=self._clock(),
-            applied=self._ledger.applied(key),
-        )
-        if before is None:
-            self._sessions.add(session)
-            self._decide(ev.EdgeJoined(session.seat, name, session.train, session.applied))
-        else:
-            session.forwarded, session.silent = before.forwarded, before.silent
-            self._sessions.remove(before.number)
-            self._sessions.add(session)
-            self._journal.log(f"{name} is here again at step {session.applied}")
-            self._decide(ev.EdgeRestarted(session.seat))
-            self._heard(session)
-        return session
-
-    def _version(self, hello: m.Hello) -> int:
-        """The adapter that a generation uses: the one that it began with, if it is served, or the newest."""
-        return hello.version if hello.version in self._worker.engine.versions else self._scheduler.state.version
-
-    def _before(self, key: str, hello: m.Hello) -> Session | None:
-        """The training session of an earlier process of this edge, whose seat this one can take."""
-        seated = None
-        for old in self._sessions.of_key(key):
-            if not old.train:
-                continue
-            if old.partition == (hello.p, hello.q) and old.seat in self._scheduler.state.members:
-                seated = old
-            else:
-                self._close(old, "it joined again")
-        return seated
-
     def restore(self, members: Sequence[MemberNote], answered: Sequence[Answered], gathered: bool) -> None:
-        """Keep the seats of those who trained when the checkpoint was written, until their grace is over."""
-        state, answers = self._scheduler.state, {item.key: item for item in answered}
-        for note in members:
-            name = self._state.access.name_by_origin(note.key)
-            if name is None or (note.left and not note.contributes):
-                continue
-            number, applied = self._sessions.number(), self._ledger.applied(note.key)
-            place = self._desk.place(*note.partition)
-            replies, now = self._desk.new_replies(), self._clock()
-            self._sessions.add(
-                Session(
-                    number,
-                    number,
-                    note.key,
-                    name,
-                    True,
-                    note.partition,
-                    place,
-                    None,
-                    replies,
-                    now,
-                    applied=applied,
-                    forwarded=applied,
-                )
-            )
-            member = state.members[number] = Member(number, name, applied, contributes=note.contributes)
-            known = answers.get(note.key)
-            if known is not None and known.grad.step == applied - 1:
-                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
-        if state.members and gathered and state.phase is Phase.GATHERING:
-            state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
-            names = ", ".join(member.name for member in state.members.values())
-            self._journal.log(f"waiting for {names} to come back")
-
-    def _heard(self, session: Session) -> None:
-        session.heard_at = self._clock()
-        if session.silent:
-            session.silent = False
-            self._decide(ev.EdgeCameBack(session.seat))
-
-    def _close(self, session: Session, why: str) -> None:
-        self._journal.log(f"{session.name}: session closed: {why}")
-        self._door.closed(session, why)
-        self._sessions.remove(session.number)
-        self._decide(ev.EdgeGone(session.seat))
+        """What the last checkpoint says of the cohort; see Seating."""
+        self._seating.restore(members, answered, gathered)
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)
-        for session in self._sessions.of_key(key):
-            if session.train:
-                # Its seat and its record are for the next process, with the new key; the old one hears no more.
-                session.routes.clear()
-                self._desk.credits.give_back(session.account, session.account.outstanding)
-            else:
-                self._close(session, "its key was replaced")
+        self._seating.key_replaced(key)
 
     # -- what the scheduler says -----------------------------------------------------------------------
 
@@ -425,12 +280,7 @@ class Server:
                         self._ledger.begins(action, self._sessions)
                     self._figures.began(action)
                     progress = self._ledger.progress(self._scheduler.state, self._sessions)
-                    self._worker.put(action, progress, self._pinned())
-
-    def _pinned(self) -> set[int]:
-        """Adapter versions that generations use, or may come back for after a restart of this hub."""
-        returning = self._worker.engine.versions if self._clock() < self._returning_until else set()
-        return self._sessions.pinned() | returning
+                    self._worker.put(action, progress, self._seating.pinned())
 
     def _answer_backward(self, action: act.AnswerBackward) -> None:
         session = self._sessions.find(action.session)
@@ -512,23 +362,11 @@ class Server:
     def _tick(self) -> None:
         now = self._clock()
         self._tick_at = now + _TICK_S
-        for session in self._sessions:
-            quiet = now - session.heard_at
-            if session.routes:
-                session.owed_at = now
-            elif session.train and min(quiet, now - session.owed_at) > self._grace_s and not session.silent:
-                session.silent = True
-                self._decide(ev.EdgeFellSilent(session.seat))
-            if quiet > (_TRAIN_SILENCE_S if session.train else _INFER_SILENCE_S) and quiet > self._grace_s:
-                self._close(session, f"nothing heard for {quiet:.0f} s")
+        self._seating.look(now)
         if now >= self._checkpoint_at:
             self._checkpoint_at = math.inf
             self._decide(ev.CheckpointDue())
-        if self._state.access.refresh():
-            for session in self._sessions:
-                if self._state.access.name_by_origin(session.key) is None:
-                    self._door.shut_out(session)
-                    self._close(session, "its key is revoked")
+        self._seating.look_at_keys()
         if now >= self._seen_at:
             self._seen_at = now + _SEEN_S
             seen = {session.key for session in self._sessions if now - session.heard_at < _SEEN_S}

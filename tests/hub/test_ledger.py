@@ -1,7 +1,11 @@
-"""How far every edge is: in the optimizer, in a checkpoint begun, in a checkpoint on the disk."""
+"""How far every edge is: in the optimizer, in a checkpoint that was begun, in one on the disk."""
 
 from __future__ import annotations
 
+import pytest
+
+from blocks.layout import Layout
+from hub.credits import Credits
 from hub.jobs import Place, StepItem
 from hub.ledger import Ledger
 from hub.scheduler import actions as act
@@ -12,4 +16,77 @@ from hub.worker import CheckpointWritten
 from messaging.errors import NotFinite
 from messaging.messages import Tensor
 from messaging.replies import Replies
-from tests.support.model_hub import credits_of
+
+TENSOR = Tensor("f32", (1, 1, 1), (b"\0" * 4,))
+
+
+@pytest.fixture
+def sessions() -> Sessions:
+    """Two edges that train, keys 'a' and 'b', seats 1 and 2."""
+    found = Sessions(0, Credits(1 << 30))
+    for seat, key in ((1, "a"), (2, "b")):
+        place = Place(1, 3)
+        found.add(Session(10 + seat, seat, key, f"edge-{key}", True, (1, 1), place, None, Replies(), 0.0, applied=4))
+    return found
+
+
+def forward(checkpoint: bool = False) -> act.RunForward:
+    """A joined step of both, 5 and 7 target tokens."""
+    layout = Layout.from_ints((), 1, 0, 1)
+    items = [StepItem(seat, Place(1, 3), layout, tokens, TENSOR) for seat, tokens in ((1, 5), (2, 7))]
+    return act.RunForward(tuple((item.session, item) for item in items), checkpoint)
+
+
+def test_a_step_counts_for_those_whose_gradient_was_good(sessions: Sessions) -> None:
+    ledger = Ledger({"a": 4, "b": 4}, {"a": 2})
+    ledger.begins(forward(), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: NotFinite("NaN")}), sessions)
+    assert (ledger.applied("a"), ledger.applied("b")) == (5, 4)
+    assert (ledger.round_tokens("a"), ledger.round_tokens("b")) == (7, 0)
+    session = sessions.find(1)
+    assert session is not None
+    assert session.applied == 5
+
+
+def test_an_edge_that_is_gone_keeps_its_count(sessions: Sessions) -> None:
+    ledger = Ledger({"a": 4}, {})
+    ledger.begins(forward(), sessions)
+    sessions.remove(11)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    assert ledger.applied("a") == 5
+
+
+def test_a_checkpoint_is_begun_before_the_step_that_carries_it_and_durable_when_written(sessions: Sessions) -> None:
+    ledger = Ledger({"a": 4, "b": 4}, {})
+    ledger.begins(forward(), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    assert (ledger.begun("a"), ledger.durable("a")) == (4, 4)
+    ledger.begins(forward(checkpoint=True), sessions)
+    assert (ledger.begun("a"), ledger.durable("a")) == (5, 4)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    assert (ledger.begun("a"), ledger.applied("a")) == (5, 6)
+    ledger.written(CheckpointWritten({"a": 5, "b": 5}))
+    assert ledger.durable("a") == 5
+
+
+def test_a_published_round_is_a_checkpoint_and_its_tokens_are_spent(sessions: Sessions) -> None:
+    ledger = Ledger({"a": 4}, {"a": 30})
+    ledger.published()
+    assert (ledger.begun("a"), ledger.round_tokens("a")) == (4, 0)
+
+
+def test_only_a_hub_that_stops_keeps_answers(sessions: Sessions) -> None:
+    ledger = Ledger({"a": 5, "b": 5}, {})
+    state = State(2, 20, 0, hub_step=5, round_step=5, phase=Phase.FORWARD)
+    for seat, name in ((1, "edge-a"), (2, "edge-b")):
+        member = state.members[seat] = Member(seat, name, 5, contributes=True)
+        member.hiddens, member.grad = {4: HiddenGiven(b"x", TENSOR)}, GradGiven(4, TENSOR, 5, False)
+    state.members[2].smashed = (3, 5, "its next step")
+    going_on, stopping = ledger.progress(state, sessions), ledger.progress(state, sessions, stopping=True)
+    assert going_on.answered == ()
+    assert [item.key for item in stopping.answered] == ["a"]
+    assert going_on.gathered
+    assert [(note.key, note.contributes, note.left) for note in going_on.members] == [
+        ("a", True, False),
+        ("b", True, False),
+    ]

@@ -1,0 +1,198 @@
+"""Who has a session at the hub, and which seat of the cohort: opening, coming back, falling silent, going.
+
+For the loop's thread alone. A seat outlives the process of an edge that sits there, and the hub's own process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import messaging.messages as m
+from hub.desk import Desk
+from hub.door import Door
+from hub.ledger import Ledger
+from hub.membership import Answered, MemberNote
+from hub.scheduler import events as ev
+from hub.scheduler.state import Member, Phase, State
+from hub.sessions import Session, Sessions
+from hub.store.access import AccessList
+from messaging.console import Journal
+from messaging.transport import Route
+
+#: Silent sessions are forgotten after this; edges that train may come back all the same.
+_TRAIN_SILENCE_S, _INFER_SILENCE_S = 600.0, 120.0
+#: Generations that a restart broke off come back within this time for the adapter version that they began with.
+_RETURN_S = 60.0
+
+
+class Seating:
+    """`decide` tells the scheduler; `served` are the adapter versions that the engine has."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        state: State,
+        access: AccessList,
+        desk: Desk,
+        door: Door,
+        ledger: Ledger,
+        journal: Journal,
+        decide: Callable[[ev.Event], None],
+        served: Callable[[], set[int]],
+        grace_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._sessions = sessions
+        self._state = state
+        self._access = access
+        self._desk = desk
+        self._door = door
+        self._ledger = ledger
+        self._journal = journal
+        self._decide = decide
+        self._served = served
+        self._grace_s = grace_s
+        self._clock = clock
+        self._returning_until = clock() + _RETURN_S
+
+    # -- opening -------------------------------------------------------------------------------------
+
+    def hello(self, key: str, name: str, route: Route, hello: m.Hello) -> tuple[Session, m.Welcome]:
+        """The session that a HELLO resumes or opens. Raises HubError with the reason and what to do."""
+        session = self._sessions.get(hello.resume, key) if hello.resume else None
+        if session is None:
+            session = self._open(key, name, hello)
+            self._door.opened(session, route)
+        else:
+            self.heard(session)
+        return session, self._desk.welcome(session, self._state.version, self._state.round, self._ledger.durable(key))
+
+    def _open(self, key: str, name: str, hello: m.Hello) -> Session:
+        """A session for a process of an edge; one that trains takes the seat of the process before it."""
+        self._desk.check_hello(hello)
+        before = self._before(key, hello) if hello.train else None
+        session = self._session(key, name, (hello.p, hello.q), before, None if hello.train else self._version(hello))
+        if before is None:
+            self._sessions.add(session)
+            self._decide(ev.EdgeJoined(session.seat, name, session.train, session.applied))
+        else:
+            session.forwarded, session.silent = before.forwarded, before.silent
+            self._sessions.remove(before.number)
+            self._sessions.add(session)
+            self._journal.log(f"{name} is here again at step {session.applied}")
+            self._decide(ev.EdgeRestarted(session.seat))
+            self.heard(session)
+        return session
+
+    def _session(
+        self, key: str, name: str, partition: tuple[int, int], before: Session | None, version: int | None
+    ) -> Session:
+        number = self._sessions.number()
+        return Session(
+            number=number,
+            seat=number if before is None else before.seat,
+            key=key,
+            name=name,
+            train=version is None,
+            partition=partition,
+            place=self._desk.place(*partition),
+            version=version,
+            replies=self._desk.new_replies(),
+            heard_at=self._clock(),
+            applied=self._ledger.applied(key),
+        )
+
+    def _version(self, hello: m.Hello) -> int:
+        """The adapter that a generation uses: the one that it began with, if it is served, or the newest."""
+        return hello.version if hello.version in self._served() else self._state.version
+
+    def _before(self, key: str, hello: m.Hello) -> Session | None:
+        """The training session of an earlier process of this edge, whose seat this one can take."""
+        seated = None
+        for old in self._sessions.of_key(key):
+            if not old.train:
+                continue
+            if old.partition == (hello.p, hello.q) and old.seat in self._state.members:
+                seated = old
+            else:
+                self.close(old, "it joined again")
+        return seated
+
+    def restore(self, members: Sequence[MemberNote], answered: Sequence[Answered], gathered: bool) -> None:
+        """Keep the seats of those who trained when the checkpoint was written, until their grace is over."""
+        state, answers = self._state, {item.key: item for item in answered}
+        for note in members:
+            name = self._access.name_by_origin(note.key)
+            if name is None or (note.left and not note.contributes):
+                continue
+            session = self._session(note.key, name, note.partition, None, None)
+            session.forwarded = session.applied
+            self._sessions.add(session)
+            member = Member(session.seat, name, session.applied, contributes=note.contributes)
+            state.members[session.seat] = member
+            known = answers.get(note.key)
+            if known is not None and known.grad.step == session.applied - 1:
+                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
+        if state.members and gathered and state.phase is Phase.GATHERING:
+            state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
+            names = ", ".join(member.name for member in state.members.values())
+            self._journal.log(f"waiting for {names} to come back")
+
+    def pinned(self) -> set[int]:
+        """Adapter versions that generations use, or may come back for after a restart of this hub."""
+        returning = self._served() if self._clock() < self._returning_until else set()
+        return self._sessions.pinned() | returning
+
+    # -- coming and going ----------------------------------------------------------------------------
+
+    def heard(self, session: Session) -> None:
+        """Something came from it."""
+        session.heard_at = self._clock()
+        if session.silent:
+            session.silent = False
+            self._decide(ev.EdgeCameBack(session.seat))
+
+    def leave(self, session: Session, reason: str) -> None:
+        """It says good-bye."""
+        self._door.closed(session, f"it left: {reason}")
+        self._decide(ev.EdgeGone(session.seat))
+        self._sessions.remove(session.number)
+
+    def close(self, session: Session, why: str) -> None:
+        """End a session that did not say good-bye."""
+        self._journal.log(f"{session.name}: session closed: {why}")
+        self._door.closed(session, why)
+        self._sessions.remove(session.number)
+        self._decide(ev.EdgeGone(session.seat))
+
+    def key_replaced(self, key: str) -> None:
+        """The edge has another key now; whatever used the old one hears no more."""
+        for session in self._sessions.of_key(key):
+            if session.train:
+                # Its seat and its record are for the next process, with the new key.
+                session.routes.clear()
+                self._desk.credits.give_back(session.account, session.account.outstanding)
+            else:
+                self.close(session, "its key was replaced")
+
+    def look(self, now: float) -> None:
+        """Note who has fallen silent, and who is silent for so long that it is forgotten."""
+        for session in self._sessions:
+            quiet = now - session.heard_at
+            if session.routes:
+                session.owed_at = now
+            elif session.train and min(quiet, now - session.owed_at) > self._grace_s and not session.silent:
+                session.silent = True
+                self._decide(ev.EdgeFellSilent(session.seat))
+            most = max(_TRAIN_SILENCE_S, self._grace_s) if session.train else _INFER_SILENCE_S
+            if quiet > most and math.isfinite(most):
+                self.close(session, f"nothing heard for {quiet:.0f} s")
+
+    def look_at_keys(self) -> None:
+        """End the sessions of those whose key was revoked."""
+        if self._access.refresh():
+            for session in self._sessions:
+                if self._access.name_by_origin(session.key) is None:
+                    self._door.shut_out(session)
+                    self.close(session, "its key is revoked")
