@@ -88,7 +88,7 @@ class Course:
     def leave_sound(self) -> int:
         """Save what was good when the round began in the place of what came after it; from which step that is."""
         assert self._sound is not None
-        self._snapshots.put(replace(self._sound, standing=self.standing), 0)
+        self._snapshots.put(replace(self._sound, standing=self.standing), None)
         self._snapshots.wait()
         return self._sound.standing.steps
 
@@ -143,6 +143,8 @@ class Course:
         self._load_published(welcome)
         self.standing = replace(self.standing, steps=welcome.applied)
         self.begin_round(welcome.round)
+        # The hub may be closing the round, and the answer that said so is what was lost: it is asked first.
+        self.standing = replace(self.standing, closes=True)
 
     def _fits(self, standing: Standing) -> bool:
         mine = self.standing

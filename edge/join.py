@@ -131,6 +131,8 @@ class Joining:
         assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         remote, middle = attach(cut, connection.client, welcome)
+        # As the training itself: the held-out loss must not end it because the hub is away.
+        middle.comeback_s = self._options.give_up or math.inf
         recipe = welcome.recipe
         schedule = Schedule(self._options.lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
         optimizer = AdapterOptimizer(adapters.parameters(cut), schedule)

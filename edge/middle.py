@@ -6,6 +6,7 @@ same bytes are sent again, never a fresh draw of noise over the same text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ class HubMiddle:
         self.before_step: Callable[[], None] = lambda: None
         #: the hub's reply to the latest step
         self.step_grad: m.StepGrad | None = None
+        #: how long inference waits for a hub that was lost or is stopping, in seconds; inf for ever
+        self.comeback_s = _COMEBACK_S
         #: inference requests that went to the hub and back
         self.round_trips = 0
 
@@ -116,19 +119,23 @@ class HubMiddle:
         """See Middle. Survives a hub that lost the stream, or was restarted, as long as it serves this version."""
         if stream:
             self._records[stream].add(smashed.cpu(), layout, order)
-        deadline = time.monotonic() + _COMEBACK_S
+        deadline, have = math.inf, layout.past
         while True:
             try:
+                if have < layout.past:
+                    self._replay(layout, stream, have)
+                    have, order = layout.past, ()
                 return _received(self._ask(smashed, layout, stream, order), smashed)
             except HubError as error:
                 if error.code is ErrorCode.CACHE_MISS:
-                    self._replay(layout, stream, 0 if order else error.detail)
-                    order = ()
+                    have = 0 if order else error.detail
                     continue
+                deadline = min(deadline, time.monotonic() + self.comeback_s)
                 if error.code is not ErrorCode.SHUTDOWN or time.monotonic() > deadline:
                     raise
                 time.sleep(0.25)
             except LinkLost:
+                deadline = min(deadline, time.monotonic() + self.comeback_s)
                 if time.monotonic() > deadline:
                     raise
             self._client.wait_for_session(max(deadline - time.monotonic(), 0.0))

@@ -70,10 +70,13 @@ class Snapshots:
 
     # -- writing -------------------------------------------------------------------------------------
 
-    def put(self, snapshot: Snapshot, checkpoint: int) -> None:
-        """Write a snapshot in the background; `checkpoint`: this edge's steps in the hub's newest checkpoint."""
+    def put(self, snapshot: Snapshot, checkpoint: int | None) -> None:
+        """Write a snapshot in the background.
+
+        checkpoint: this edge's steps in the hub's newest checkpoint; None: nothing new is known of that.
+        """
         self.wait()
-        if checkpoint not in self._marks:
+        if checkpoint is not None and checkpoint not in self._marks:
             self._marks = [*self._marks, checkpoint][-2:]
             if len(self._marks) == 2:
                 self._inherited.clear()
@@ -127,6 +130,8 @@ class Snapshots:
     def drop_after(self, standing: Standing) -> None:
         """Forget what came after a snapshot: the hub has gone back, and all that is undone."""
         self.wait()
+        # A checkpoint that is undone must not count as one of the two newest.
+        self._marks = [mark for mark in self._marks if mark <= standing.steps]
         for (steps, round_), path in self._found().items():
             if (round_, steps) > (standing.round, standing.steps):
                 path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +124,11 @@ class Trainer:
                 self._resume(self._parts.client.adopt())
             except HubError as error:
                 if error.code is ErrorCode.TRAINING_OVER:
-                    self._course.load(self._latest_version())
+                    # Not what the last Pong told: it may be older than the last round.
+                    welcome = self._where()
+                    self._course.load(welcome.adapter_version)
+                    self._course.begin_round(welcome.round)
+                    self._show()
                     return True
                 self._after_refusal(error)
 
@@ -197,19 +201,19 @@ class Trainer:
     def _close_round(self) -> bool:
         """`_finish_round`, repeated where the link broke. Returns whether training is over for this edge."""
         while True:
+            steps = self._course.standing.steps
             try:
                 return self._finish_round()
             except LinkLost:
                 self._parts.journal.log("the connection broke at the end of a round: repeating it")
+                self._resume(self._parts.client.adopt())
             except HubError as error:
                 if error.code is ErrorCode.BEHIND:
                     self._course.goes_on()
                     return False
                 if error.code is not ErrorCode.SHUTDOWN:
                     raise
-                time.sleep(_STOPPING_S)
-            steps = self._course.standing.steps
-            self._resume(self._parts.client.adopt())
+                self._wait_for_hub()
             if self._course.standing.steps != steps:
                 return False
 
@@ -262,16 +266,16 @@ class Trainer:
         self._show()
 
     def _where(self) -> m.Welcome:
-        """Where the hub stands now."""
-        try:
-            return self._parts.client.where()
-        except LinkLost:
-            return self._parts.client.adopt()
+        """Where the hub stands now, once it is there again; training goes on in the session that is open then."""
+        with suppress(LinkLost):
+            self._parts.client.where()
+        return self._parts.client.adopt()
 
     def _wait_for_hub(self) -> None:
         self._say("the hub is stopping")
         time.sleep(_STOPPING_S)
-        self._resume(self._parts.client.adopt())
+        # Not the WELCOME that is known: it tells where the hub stood when this session was opened.
+        self._resume(self._where())
 
     # -- figures ---------------------------------------------------------------------------------------
 
@@ -279,7 +283,15 @@ class Trainer:
         """Once at the beginning of each round, with the published adapter in all blocks."""
         standing = self._course.standing
         if not standing.round_step and not standing.closes and standing.evaluated < standing.round:
-            self._course.evaluated(self._evaluate(held_out))
+            try:
+                losses = self._evaluate(held_out)
+            except HubError as error:
+                if error.code is not ErrorCode.BEHIND:
+                    raise
+                # The others have gone on to rounds of which this edge is not part.
+                self._parts.journal.log(f"the held-out loss of round {standing.round} is left out: {error}")
+                losses = ()
+            self._course.evaluated(losses)
             self._show()
 
     def _evaluate(self, held_out: Callable[[], Iterable[Batch]]) -> tuple[float, ...]:

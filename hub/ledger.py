@@ -45,27 +45,28 @@ class Ledger:
         """Target tokens of an edge's applied steps in the open round."""
         return self._round_tokens.get(key, 0)
 
+    def weight(self, key: str, claimed: int) -> int:
+        """The target tokens that an edge's adapter weighs: those that the hub saw of it, whatever it claims."""
+        return min(claimed, self.round_tokens(key))
+
     def begins(self, action: act.RunForward, sessions: Sessions) -> None:
         """A joined forward is handed to the compute thread."""
         inside = [(sessions.find(seat), item) for seat, item in action.payloads]
         self._stepping = {
-            session.seat: (session.key, session.applied + 1, item.tokens)
+            session.seat: (session.key, self.applied(session.key) + 1, item.tokens)
             for session, item in inside
             if session is not None and isinstance(item, StepItem)
         }
         if action.checkpoint:
             self._begun = dict(self._applied)
 
-    def stepped(self, event: ev.BackwardDone, sessions: Sessions) -> None:
+    def stepped(self, event: ev.BackwardDone) -> None:
         """The optimizer has stepped, whether or not the edges are still there to hear of it."""
         for seat, answer in event.answers.items():
             if isinstance(answer, Tensor) and seat in self._stepping:
                 key, applied, tokens = self._stepping[seat]
                 self._applied[key] = applied
                 self._round_tokens[key] = self._round_tokens.get(key, 0) + tokens
-                session = sessions.find(seat)
-                if session is not None:
-                    session.applied = applied
 
     def published(self) -> None:
         """A round is closed."""

@@ -144,6 +144,15 @@ class Seating:
         returning = self._served() if self._clock() < self._returning_until else set()
         return self._sessions.pinned() | returning
 
+    def catch_up(self) -> None:
+        """After a step: an edge that gave up its seat while it was computed, and took another, has that step too."""
+        for session in self._sessions:
+            if session.train:
+                session.applied = self._ledger.applied(session.key)
+                member = self._state.members.get(session.seat)
+                if member is not None:
+                    member.applied = max(member.applied, session.applied)
+
     # -- coming and going ----------------------------------------------------------------------------
 
     def heard(self, session: Session) -> None:

@@ -43,6 +43,7 @@ from messaging.hub_transport import HubTransport
 from messaging.joining import HubAddress, JoinString
 from messaging.messages import Recipe
 from messaging.transport import Channel
+from profiles.cgroup import cgroup_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POCKET = Path(__file__).parent / "pocket"
@@ -294,12 +295,18 @@ def _kv_bytes(device: torch.device) -> int:
     """A quarter of the memory that is free before anybody generates."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 4
-    return psutil.virtual_memory().available // 4
+    return _free_bytes() // 4
 
 
 def _credits() -> Credits:
     """A quarter of the memory that is free for the bytes in work of all edges."""
-    return Credits(psutil.virtual_memory().available // 4)
+    return Credits(_free_bytes() // 4)
+
+
+def _free_bytes() -> int:
+    """Memory that this process may still use: the machine's, or what a container leaves of it."""
+    limited, free = cgroup_memory(), psutil.virtual_memory().available
+    return free if limited is None else min(free, limited[1])
 
 
 def _raise_descriptor_limit() -> None:

@@ -24,6 +24,7 @@ from hub.guard import Guard
 from hub.jobs import EdgeAdapter
 from hub.ledger import Ledger
 from hub.library import Library
+from hub.lull import Lull
 from hub.membership import Answered, MemberNote
 from hub.monitor import HubSnapshot
 from hub.post import Post, error, refusal
@@ -45,6 +46,8 @@ _TICK_S = 0.5
 _PARKED_S = 0.02
 _FLUSH_S = 3.0
 _SEEN_S = 60.0
+#: What goes through all sessions is done more seldom where there are many.
+_LOOK_S_PER_SESSION, _LOOK_MOST_S = 0.001, 1.0
 _SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.002, 3.0
 
 
@@ -91,7 +94,8 @@ class Server:
         self._seen_at = clock() + _SEEN_S
         self._failure: BaseException | None = None
         self._guard = Guard(transport, self._post, state.access, desk, journal)
-        self._look_at = clock()
+        self._look_at = self._look_at_sessions = clock()
+        self._lull = Lull(clock)
         self._watch = Watch(journal, clock)
         self._figures = Figures(clock, self._watch)
         self._snapshot_at = clock()
@@ -120,12 +124,16 @@ class Server:
     def _main_loop(self) -> None:
         while not self._stopping.is_set() and self._failure is None:
             wait = _PARKED_S if self._post.waiting else max(min(self._tick_at, self._look_at) - self._clock(), 0.0)
-            for arrival in self._transport.poll(wait):
+            arrivals = self._transport.poll(wait)
+            for arrival in arrivals:
                 self._arrived(arrival)
             while not self._inbox.empty():
+                self._lull.disturb()
                 self._inbox.get()()
             if self._post.waiting:
                 self._post.send_parked()
+            elif arrivals:
+                self._transport.rest(self._lull.rest_s(len(self._sessions)))
             if self._clock() >= self._look_at:
                 self._look_at = self._clock() + WATCH_S
                 self._guard.look()
@@ -174,6 +182,8 @@ class Server:
             code = ErrorCode.VERSION if isinstance(fault, VersionMismatch) else ErrorCode.PROTOCOL
             self._post.reply(arrival.route, 0, refusal(fault, code))
             return
+        if not isinstance(packet.message, m.Ping):
+            self._lull.disturb()
         size = sum(len(frame) for frame in arrival.frames)
         try:
             # What an edge does is booked under the key that it enrolled with, whatever key it has by now.
@@ -297,12 +307,16 @@ class Server:
             return
         if isinstance(event, CheckpointWritten):
             self._ledger.written(event)
-            self._checkpoint_at = self._clock() + self._checkpoint_s
+            # Where one is due already, none more may become due before that one is on the disk: edges keep what
+            # fits the two newest that were begun.
+            if not self._scheduler.state.checkpoint_due:
+                self._checkpoint_at = self._clock() + self._checkpoint_s
             return
         self._figures.ended()
         if isinstance(event, ev.BackwardDone):
             self._figures.stepped(event)
-            self._ledger.stepped(event, self._sessions)
+            self._ledger.stepped(event)
+            self._seating.catch_up()
         elif isinstance(event, ev.RoundPublished):
             self._ledger.published()
             self._filing.run(partial(self._desk.round_over, self._scheduler.state.round + 1))
@@ -346,10 +360,8 @@ class Server:
         self, session: Session, request: int, round_: int, answer: m.AnyMessage, adapter: EdgeAdapter | None
     ) -> None:
         if adapter is not None:
-            # An edge weighs what the hub saw of it, whatever it claims.
-            seen = self._ledger.round_tokens(session.key)
-            adapter = replace(adapter, tokens=min(adapter.tokens, seen))
-            self._decide(ev.AdapterUploaded(session.seat, round_, adapter))
+            weighed = replace(adapter, tokens=self._ledger.weight(session.key, adapter.tokens))
+            self._decide(ev.AdapterUploaded(session.seat, round_, weighed))
         self._post.answer(session, request, answer)
 
     def _reply(self, seat: int, request: int, message: m.AnyMessage) -> None:
@@ -362,7 +374,10 @@ class Server:
     def _tick(self) -> None:
         now = self._clock()
         self._tick_at = now + _TICK_S
-        self._seating.look(now)
+        if now >= self._look_at_sessions:
+            self._look_at_sessions = now + min(len(self._sessions) * _LOOK_S_PER_SESSION, _LOOK_MOST_S)
+            self._seating.look(now)
+            self._watch.look(self._sessions, self._scheduler.state, self._figures.overdue_s)
         if now >= self._checkpoint_at:
             self._checkpoint_at = math.inf
             self._decide(ev.CheckpointDue())
@@ -372,8 +387,6 @@ class Server:
             seen = {session.key for session in self._sessions if now - session.heard_at < _SEEN_S}
             self._filing.run(partial(self._state.access.record_seen, seen))
         self._door.tick()
-        self._watch.look(self._sessions, self._scheduler.state, self._figures.overdue_s)
         if now >= self._snapshot_at:
-            # Drawing thousands of edges takes its time, so it is done more seldom then.
             self._snapshot_at = now + min(len(self._sessions) * _SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S)
             self.snapshot = self._figures.snapshot(self)

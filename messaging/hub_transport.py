@@ -77,6 +77,11 @@ class HubTransport:
                 arrivals += self._receive(channel, sock)
         return arrivals
 
+    def rest(self, seconds: float) -> None:
+        """See `HubSide.rest`."""
+        if seconds:
+            self._waker.wait(seconds)
+
     def send(self, route: Route, frames: Sequence[Buffer]) -> SendResult:
         """See `HubSide.send`."""
         try:

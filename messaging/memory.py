@@ -52,6 +52,10 @@ class _Inbox(Generic[T]):
             self._items.clear()
             return items
 
+    def rest(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._woken, timeout_s)
+
     def wake(self) -> None:
         with self._changed:
             self._woken = True
@@ -95,6 +99,9 @@ class MemoryHub:
         for arrival in arrivals:
             self.traffic.received += wire_bytes(arrival.frames)
         return arrivals
+
+    def rest(self, seconds: float) -> None:
+        self._inbox.rest(seconds)
 
     def send(self, route: Route, frames: Sequence[Buffer]) -> SendResult:
         edge = self._edges.get(route.routing_id)

@@ -178,6 +178,8 @@ class Requests:
 
     def _back_off(self, channel: Channel, now: float) -> None:
         lane = self._lanes[channel]
+        if now < lane.not_before:
+            return  # requests that were sent together are refused together: that counts once
         lane.not_before = now + self._rng.uniform(0, min(_BACKOFF_MOST_S, _BACKOFF_S * 2.0 ** min(lane.losses, 10)))
         lane.losses += 1
 
@@ -191,6 +193,9 @@ class Requests:
         if isinstance(message, Error) and envelope.request == 0:
             return Failed(0, hub_error(message))
         request = self._table.get(envelope.request)
+        if request is None and isinstance(message, Error) and message.code == ErrorCode.NO_SESSION:
+            # The answer to a Ping: the hub forgot the session, and with it what it has told that it holds.
+            self.needs_session = self.needs_session or envelope.session == self.session.number
         if request is None or (request.in_session and envelope.epoch < self.session.epoch):
             return None
         if isinstance(message, Error):

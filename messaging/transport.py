@@ -141,6 +141,9 @@ class HubSide(Protocol):
     def poll(self, timeout_s: float) -> list[Arrival]:
         """What arrived, ctl first, in bounded portions; waits up to `timeout_s` seconds if there is nothing."""
 
+    def rest(self, seconds: float) -> None:
+        """Leave what arrives alone for so long. A `wake` ends it, and the next `poll` too."""
+
     def send(self, route: Route, frames: Sequence[Buffer]) -> SendResult:
         """Send without waiting. Buffers of 64 KB and more are not copied: leave them unchanged afterwards."""
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.sites import write_notes
 from tools.programs import Hub, Process, Programs
 
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Iterator[Programs]:
-    with Programs(tmp_path) as running:
-        yield running
+pytestmark = pytest.mark.slow
 
 
 def alone(programs: Programs, *options: object) -> tuple[Hub, Process]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -19,21 +17,9 @@ from messaging.joining import HubAddress, read_join
 from messaging.keys import KeyPair
 from tests.support.dying import EDGE_POINTS, HUB_POINTS, POINT, dying_edge, dying_hub
 from tests.support.sites import write_notes
-from tools.programs import Hub, Programs
+from tools.programs import Hub, Programs, free_ports
 
 WAIT_S = 20.0
-
-
-def fixed_ports() -> tuple[str, str]:
-    """`--listen` with three ports in a row that are free now."""
-    while True:
-        port = random.randint(20000, 32000)
-        try:
-            for offset in range(3):
-                socket.create_server(("127.0.0.1", port + offset)).close()
-        except OSError:
-            continue
-        return ("--listen", f"tcp://127.0.0.1:{port}")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +69,7 @@ def test_an_edge_that_is_killed_keeps_one_good_key(programs: Programs, hub: Hub,
 
 @pytest.mark.parametrize("point", HUB_POINTS)
 def test_a_hub_that_is_killed_locks_nobody_out(programs: Programs, point: str) -> None:
-    where = fixed_ports()
+    where = free_ports()
     hub = programs.serve(*where, prepare=dying_hub, env={POINT: point})
     state, first, address = member(programs, hub, "edge")
     rotating = programs.start("edge", "rotate-key", "--state", state.folder)
@@ -108,7 +94,7 @@ def test_a_key_is_not_replaced_under_a_run_that_trains(programs: Programs, hub: 
 @pytest.mark.slow
 def test_the_hub_gets_another_key_and_its_edges_learn_it(programs: Programs, tmp_path: Path) -> None:
     """One trains through it, one learns it in passing, one was away and needs a new join string."""
-    where = fixed_ports()
+    where = free_ports()
     hub = programs.serve("--round-steps", 500, "--cohort", 1, "--grace", 60, *where)
     passing, _, old = member(programs, hub, "passing")
     away, _, _ = member(programs, hub, "away")
@@ -148,13 +134,15 @@ def test_the_hub_gets_another_key_and_its_edges_learn_it(programs: Programs, tmp
 @pytest.mark.slow
 def test_a_training_run_goes_on_with_a_new_key(programs: Programs, tmp_path: Path) -> None:
     """What the edge did is booked under the key that it enrolled with: no step is lost or taken twice."""
-    where = fixed_ports()
+    where = free_ports()
     options = ("--round-steps", 500, "--cohort", 1, "--grace", 60, *where)
     hub = programs.serve(*options)
     notes = write_notes(tmp_path, "clinic", 1, 30)
     first = programs.edge(hub, "ward", notes, "--partition", "1:1")
     hub.until(lambda live: live["hub_step"] >= 4, "four steps")
     first.kill()
+    # The status is written twice a second, and the hub may still be taking the last step.
+    time.sleep(1.5)
     at = hub.status()["live"]["hub_step"]
     state = EdgeState(programs.folder / "ward")
     noise, old = state.noise_secret(), state.keys()

@@ -294,6 +294,9 @@ class Scheduler:
         member.applied, member.grad = given.step + 1, given
         member.hiddens = {step: hidden for step, hidden in member.hiddens.items() if step >= given.step}
         member.contributes = member.contributes or member.active
+        if member.active:
+            # What it uploaded before lacks this step: it uploads again when the round closes.
+            member.upload = None
         if again is not None:
             self._answer_backward(member.session, again[0], given)
         if member.smashed is not None and member.smashed[1] <= given.step:
@@ -320,10 +323,11 @@ class Scheduler:
     def _awaited(self, event: ev.RoundAwaited) -> None:
         state = self.state
         member = state.members.get(event.session)
-        if event.round < state.round or state.phase is Phase.OVER:
-            if member is not None and member.upload is None:
-                # It goes on with what is published: what it learned in the open round before that never comes.
-                member.contributes = False
+        closed = event.round < state.round or state.phase is Phase.OVER
+        if member is not None and member.upload is None and (closed or state.phase is Phase.CLOSING):
+            # Whoever awaits a round has uploaded what it has for it: there is nothing more to come.
+            member.contributes = False
+        if closed:
             self._answer_round(event.session, event.request)
         elif state.phase is not Phase.CLOSING and member is not None and member.active:
             # A hub that was restarted in the middle of closing takes one more step first.
@@ -347,7 +351,15 @@ class Scheduler:
         if over:
             self._end_training()
         else:
+            self._begin_round()
             self._when_nobody_is_active()
+
+    def _begin_round(self) -> None:
+        """A forward that waited for the publication was made with the adapter before it: it is asked for anew."""
+        for member in self.state.members.values():
+            if member.smashed is not None:
+                self._refuse(member.session, member.smashed[0], ErrorCode.BEHIND, "a round was published meanwhile")
+                member.smashed = None
 
     def _end_training(self) -> None:
         for member in self.state.members.values():

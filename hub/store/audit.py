@@ -91,8 +91,9 @@ class AuditLog:
     def flush(self, everything: bool = False) -> None:
         """Write what was only counted, where its time is over. To be called now and then."""
         with self._lock:
-            for event, group in list(self._windows):
-                self._end_window(event, group, everything)
+            # The first in the dictionary began first: as long as its time is not over, no other's is.
+            while self._windows and self._end_window(*next(iter(self._windows)), everything):
+                pass
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """The last `count` lines, oldest first. Lines that cannot be read are left out."""
@@ -113,16 +114,17 @@ class AuditLog:
                 if isinstance(fields, dict):
                     yield fields
 
-    def _end_window(self, event: str, group: str, at_once: bool = False) -> None:
-        """Say what was only counted, if the time for that is over."""
+    def _end_window(self, event: str, group: str, at_once: bool = False) -> bool:
+        """Say what was only counted, if the time for that is over; whether it is."""
         window, now = self._windows.get((event, group)), self._clock()
         if window is None or (0 <= now - window.begun < WINDOW_S and not at_once):
-            return
+            return False
         del self._windows[event, group]
         if window.counted:
             facts = {"key": group} if group else {}
             reason = f"as many more within {now - window.begun:.0f} s"
             self._append(event, {**facts, "reason": reason, "count": window.counted})
+        return True
 
     def _append(self, event: str, facts: dict[str, Any]) -> None:
         at = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

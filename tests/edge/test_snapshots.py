@@ -72,6 +72,7 @@ def test_what_an_earlier_process_left_is_kept_until_two_checkpoints_are_known(
 def test_the_round_of_the_hub_chooses_between_two_of_the_same_step(snapshots: Snapshots) -> None:
     for round_ in (0, 1):
         snapshots.put(at(8, round_), 8)
+    snapshots.wait()
     for round_, found in ((0, 0), (1, 1), (2, 1)):
         snapshot = snapshots.at(8, round_)
         assert snapshot is not None
@@ -109,3 +110,17 @@ def test_a_disk_that_does_not_take_it_is_told_before_the_next_step(
     snapshots.put(at(1), 0)
     with pytest.raises(InputError, match="No space left"):
         snapshots.wait()
+
+
+def test_what_a_hub_went_back_to_is_kept_when_it_is_killed_again_before_its_next_checkpoint_is_whole(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    for steps, checkpoint in ((10, 8), (11, 10), (14, 10), (15, 14)):
+        snapshots.put(at(steps), checkpoint)
+    # The hub was killed while it wrote the checkpoint of step 14, and goes on from that of step 10.
+    snapshots.drop_after(at(10).standing)
+    for steps, checkpoint in ((11, 10), (12, 10), (13, 12), (14, 12)):
+        snapshots.put(at(steps), checkpoint)
+    snapshots.wait()
+    # Nor is it known of the checkpoint of step 12 that it is whole.
+    assert {"step-10-round-0", "step-12-round-0"} <= set(steps_kept(tmp_path))

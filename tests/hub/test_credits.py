@@ -85,6 +85,17 @@ def test_one_owner_holds_one_lot_or_its_share() -> None:
     assert credits.hold("small", 4 * MEGABYTE)
 
 
+@pytest.mark.parametrize("order", [(0, 40), (40, 0)])
+def test_a_lot_of_no_bytes_beside_another_comes_back_too(order: tuple[int, int]) -> None:
+    credits = Credits(100 * MEGABYTE)
+    assert credits.hold("somebody", 40)
+    assert credits.hold("somebody", 0)
+    for size in order:
+        credits.release("somebody", size)
+    assert credits.in_work == 0
+    assert credits.hold("somebody", 100 * MEGABYTE)
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["open", "close", "take", "give", "record", "hold", "release"]),

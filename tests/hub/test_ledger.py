@@ -40,30 +40,38 @@ def forward(checkpoint: bool = False) -> act.RunForward:
 def test_a_step_counts_for_those_whose_gradient_was_good(sessions: Sessions) -> None:
     ledger = Ledger({"a": 4, "b": 4}, {"a": 2})
     ledger.begins(forward(), sessions)
-    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: NotFinite("NaN")}), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: NotFinite("NaN")}))
     assert (ledger.applied("a"), ledger.applied("b")) == (5, 4)
     assert (ledger.round_tokens("a"), ledger.round_tokens("b")) == (7, 0)
-    session = sessions.find(1)
-    assert session is not None
-    assert session.applied == 5
+
+
+def test_an_adapter_weighs_at_most_what_the_hub_saw_in_this_round(sessions: Sessions) -> None:
+    ledger = Ledger({}, {"a": 2})
+    ledger.begins(forward(), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: NotFinite("NaN")}))
+    assert ledger.weight("a", 1_000_000) == 7
+    assert ledger.weight("a", 3) == 3
+    assert ledger.weight("b", 1) == 0
+    ledger.published()
+    assert ledger.weight("a", 1) == 0
 
 
 def test_an_edge_that_is_gone_keeps_its_count(sessions: Sessions) -> None:
     ledger = Ledger({"a": 4}, {})
     ledger.begins(forward(), sessions)
     sessions.remove(11)
-    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}))
     assert ledger.applied("a") == 5
 
 
 def test_a_checkpoint_is_begun_before_the_step_that_carries_it_and_durable_when_written(sessions: Sessions) -> None:
     ledger = Ledger({"a": 4, "b": 4}, {})
     ledger.begins(forward(), sessions)
-    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}))
     assert (ledger.begun("a"), ledger.durable("a")) == (4, 4)
     ledger.begins(forward(checkpoint=True), sessions)
     assert (ledger.begun("a"), ledger.durable("a")) == (5, 4)
-    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}), sessions)
+    ledger.stepped(ev.BackwardDone({1: TENSOR, 2: TENSOR}))
     assert (ledger.begun("a"), ledger.applied("a")) == (5, 6)
     ledger.written(CheckpointWritten({"a": 5, "b": 5}))
     assert ledger.durable("a") == 5

@@ -348,9 +348,10 @@ ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (awaited(2), []),
         (smashed(2, 1), []),
         (uploaded(1), [close_round(0, 1, 2)]),
-        (ev.RoundPublished(1), [published(2, 1, 1)]),
+        (ev.RoundPublished(1), [published(2, 1, 1), refused(2, forward_id(2, 1), ErrorCode.BEHIND)]),
         (awaited(1), [published(1, 1, 1)]),
-        (smashed(1, 1), [run_forward(1, 2, step=1)]),
+        (smashed(1, 1), []),
+        (smashed(2, 1), [run_forward(1, 2, step=1)]),
     ],
     "one that joined too late to train is not waited for": [
         *ONE_STEP,
@@ -408,10 +409,10 @@ ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
     ],
     "those who wait for a later round wait on": [
         *ONE_STEP,
-        (awaited(1, 1), []),
-        (awaited(2, 0), []),
         (uploaded(1), []),
+        (awaited(1, 1), []),
         (uploaded(2), [close_round(0, 1, 2)]),
+        (awaited(2, 0), []),
         (ev.RoundPublished(1), [published(2, 1, 1)]),
     ],
 }
@@ -693,8 +694,8 @@ def test_a_checkpoint_that_is_due_goes_with_the_next_joined_forward_and_no_other
     )
 
 
-def test_one_that_missed_a_publication_is_not_waited_for_in_the_next_round() -> None:
-    """Its forward was here before the round closed; it uploads for that round, and goes on from what is published."""
+def test_a_forward_that_waits_over_a_publication_is_asked_for_anew() -> None:
+    """It was made with the adapter before it."""
     play(
         scheduler(cohort=1, round_steps=1),
         [
@@ -707,14 +708,19 @@ def test_one_that_missed_a_publication_is_not_waited_for_in_the_next_round() -> 
             (smashed(2), []),
             (uploaded(1), [close_round(0, 1)]),
             (ev.EdgeLeft(1, True), []),
-            (ev.RoundPublished(1), [run_forward(2)]),
+            (ev.RoundPublished(1), [refused(2, forward_id(2, 0), ErrorCode.BEHIND)]),
+            (smashed(2), [run_forward(2)]),
             (forward_done(2), [hidden(2)]),
             (gradient(2), [run_backward(2)]),
             (backward_done(2), [grad(2, hub_step=2, closes=True)]),
-            (uploaded(2, 0), []),
-            (awaited(2, 0), [published(2, 1, 1), act.CloseRound(1, 2, ())]),
+            (uploaded(2, 1), [close_round(1, 2)]),
         ],
     )
+
+
+def test_who_awaits_a_closing_round_without_an_upload_is_not_waited_for() -> None:
+    """An edge that lost the answer which said that the round closes has nothing for it."""
+    play(scheduler(round_steps=1), [*ONE_STEP, (uploaded(1), []), (awaited(2), [close_round(0, 1)])])
 
 
 def test_an_edge_that_was_gone_and_uploads_from_another_seat_is_in_the_round_once() -> None:
@@ -728,5 +734,31 @@ def test_an_edge_that_was_gone_and_uploads_from_another_seat_is_in_the_round_onc
             (joined(3, "edge2", applied=1), []),
             (uploaded(3), []),
             (uploaded(1), [close_round(0, 1, 3)]),
+        ],
+    )
+
+
+def test_what_was_uploaded_before_the_last_step_of_a_round_is_not_in_it() -> None:
+    """A hub that stopped while its round closed, and starts with more steps to a round."""
+    hub = scheduler()
+    hub.state.round_step = 1
+    play(
+        hub,
+        [
+            (joined(1, applied=1), []),
+            (joined(2, applied=1), []),
+            (ev.AdapterUploaded(1, 0, "too early"), []),
+            (awaited(1), [refused(1, 901, ErrorCode.BEHIND)]),
+            (smashed(1, 1), []),
+            (smashed(2, 1), [run_forward(1, 2, step=1)]),
+            (forward_done(1, 2), [hidden(1, 1), hidden(2, 1)]),
+            (gradient(1, 1), []),
+            (gradient(2, 1), [run_backward(1, 2, step=1)]),
+            (backward_done(1, 2), [grad(1, 1), grad(2, 1)]),
+            (ev.EdgeLeft(2, True), []),
+            (uploaded(2), []),
+            (awaited(2), []),
+            (ev.EdgeLeft(1, True), []),
+            (uploaded(1), [close_round(0, 1, 2)]),
         ],
     )

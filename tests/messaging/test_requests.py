@@ -26,6 +26,7 @@ from messaging.messages import (
     Infer,
     InferHidden,
     Packet,
+    Ping,
     Pong,
     Published,
     StepForward,
@@ -265,6 +266,21 @@ def test_later_means_to_send_it_again_in_a_while() -> None:
         assert requests.received(refusal(asked, ErrorCode.STALE), 13.0) is not None
 
 
+def test_what_was_sent_together_and_refused_together_backs_off_once() -> None:
+    """A hub with room for one of many gets them one after the other, without a longer wait each time."""
+    requests = table()
+    asked = [requests.add(infer(), 0.0) for _ in range(12)]
+    now = 0.0
+    while asked:
+        assert set(flush(requests, now)) == set(asked)
+        for refused in asked[1:]:
+            requests.received(refusal(refused, ErrorCode.LATER), now)
+        requests.received(reply(asked.pop(0), InferHidden(tensor(8))), now)
+        if asked:
+            now = max(now, requests.next_event())
+    assert now < 12 * 0.25
+
+
 def test_doubt_when_the_hub_lives_and_shows_no_sign_of_having_it() -> None:
     requests = table(give_up_s=math.inf)
     asked = requests.add(infer(64 * 1024 - 100), 0.0)
@@ -391,6 +407,18 @@ def test_no_session_asks_for_a_hello(epoch: int) -> None:
     assert flush(requests, 100.0) == []
     requests.opened(OPEN)
     assert asked in flush(requests, 100.0)
+
+
+@pytest.mark.parametrize(("session", "lost"), [(5, True), (4, False)])
+def test_a_ping_into_a_session_that_is_no_more_asks_for_a_hello(session: int, lost: bool) -> None:
+    """Of what the hub said it holds nothing else would ever be heard."""
+    requests = table()
+    asked = requests.add(step(1), 0.0)
+    flush(requests, 0.0)
+    requests.received(refusal(asked, ErrorCode.BUSY), 1.0)
+    ping = requests.stamp(Ping("training", 0, 0.0, 0.0, 0.0, 0.0, None)).request
+    requests.received(refusal(ping, ErrorCode.NO_SESSION, session=session), 2.0)
+    assert requests.needs_session == lost
 
 
 def test_a_newer_epoch_asks_for_a_hello() -> None:

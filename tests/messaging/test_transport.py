@@ -153,6 +153,18 @@ def test_wake_from_another_thread(hub, first_event: FirstEvent) -> None:
         assert time.monotonic() - began > 0.04
 
 
+def test_a_hub_that_rests_takes_nothing_until_it_is_woken(hub, first_event: FirstEvent) -> None:
+    edge = joined(hub, first_event)
+    assert edge.send(Channel.CTL, [b"ping"])
+    began = time.monotonic()
+    hub.transport.rest(0.2)
+    assert time.monotonic() - began > 0.19
+    hub.transport.wake()
+    hub.transport.rest(5)
+    assert [arrival.frames for arrival in hub.transport.poll(5)] == [[b"ping"]]
+    assert time.monotonic() - began < 4
+
+
 def test_wake_after_close_does_nothing(make_hub) -> None:
     hub = make_hub()
     hub.transport.close()

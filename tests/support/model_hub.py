@@ -182,7 +182,7 @@ class ModelHub:
         return next(seat for seat in self.seats.values() if seat.number == number)
 
     def hello(self, name: str, train: bool = True) -> Welcome:
-        """As `Server._open`."""
+        """As `Seating._open`."""
         number = next(self._numbers)
         for old in [seat for seat in self.seats.values() if train and seat.train and seat.name == name]:
             if old.seat in self.scheduler.state.members:

@@ -190,20 +190,21 @@ def strangers(setting: Setting) -> Sequence[Row | Skipped]:
 
 def note_what_is_handled() -> None:
     """In the hub's process: write down whose messages get past the allow-list, and which sessions are heard."""
+    from hub.seating import Seating
     from hub.server import Server
 
     path = os.environ[_HANDLED]
 
     def noting(method: Callable[..., None], says: Callable[..., str]) -> Callable[..., None]:
-        def noted(server: Server, *arguments: object) -> None:
+        def noted(owner: object, *arguments: object) -> None:
             with open(path, "a") as file:
                 file.write(says(*arguments) + "\n")
-            method(server, *arguments)
+            method(owner, *arguments)
 
         return noted
 
     Server._take = noting(Server._take, lambda key, *_: f"took:{key}")  # type: ignore[method-assign]
-    Server._heard = noting(Server._heard, lambda session: f"heard:{session.number}")  # type: ignore[method-assign]
+    Seating.heard = noting(Seating.heard, lambda session: f"heard:{session.number}")  # type: ignore[method-assign]
 
 
 def _knock(address: HubAddress, keys: KeyPair) -> str:
