@@ -91,6 +91,15 @@ class Guard:
         self._access.note_cut_off(text, key, address)
 
 
+def cohort_too_large(budget: int) -> HubError:
+    """A step for which there will be no room, because the others of its cohort wait for it, and what to do."""
+    text = (
+        f"the hub has {budget >> 20} MB for all requests in work, and the steps of its cohort need more together: "
+        "take a smaller batch, or ask who runs the hub for a smaller --cohort"
+    )
+    return HubError(ErrorCode.CREDITS, text, budget)
+
+
 def too_large(budget: int) -> HubError:
     """A request that the hub can never take, or not now, and what to do."""
     megabytes = budget >> 20

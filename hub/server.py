@@ -85,7 +85,9 @@ class Server:
             self._sessions, scheduler_state, state.access, desk, self._door, self._ledger, journal, self._decide,
             lambda: self._worker.engine.versions, grace_s, clock,
         )  # fmt: skip
-        self._admission = Admission(self._post, desk.credits, self._seating.close)
+        self._admission = Admission(
+            self._post, desk.credits, self._sessions, scheduler_state.members, self._seating.close
+        )
         self._checkpoint_s = checkpoint_s
         #: when the next checkpoint is due; inf while one is due or being written
         self._checkpoint_at = clock() + checkpoint_s

@@ -77,3 +77,25 @@ def test_what_there_is_no_room_for_just_now_is_asked_again_and_nothing_is_lost(p
     # A forward and a backward of each step at least.
     assert len(told.read_text().splitlines()) >= 2 * _STEPS
     assert published["crowded"] == published["calm"]
+
+
+def tight() -> None:
+    """In the hub's process: room for the step of one of these edges, not of two."""
+    import hub.serve
+    from hub.credits import Credits
+
+    hub.serve._credits = lambda: Credits(3 << 20)
+
+
+def test_a_cohort_whose_steps_need_more_than_the_hubs_memory_is_told_so(programs: Programs) -> None:
+    """The steps of the others give no room before this one is here, so it would wait for ever."""
+    hub = programs.serve("--cohort", 2, prepare=tight)
+    notes = write_notes(programs.folder, "clinic", 1, 60)
+    edges = [programs.edge(hub, name, notes, "--batch", 24, "--seq", 96) for name in ("one", "two")]
+    edges[0].until(lambda: any(not edge.running for edge in edges), "the end of one of them")
+    ended = next(edge for edge in edges if not edge.running)
+    done = ended.wait()
+    assert done.code == 4, str(ended)
+    assert "the steps of its cohort need more together" in done.err
+    assert "a smaller --cohort" in done.err
+    assert hub.process.running

@@ -3,7 +3,8 @@
     python -m tools.faults [--json FILE] [--rows NAME,...] [--quick]
 
 Every row is an experiment with real processes and sockets on this machine. What needs root (network namespaces)
-is skipped elsewhere, with the reason. Exits 0 when every row is there and met, 1 otherwise. Linux only.
+is skipped elsewhere, with the reason. SOAK_MINUTES in the environment changes the soak's half hour. Exits 0 when
+every row is there and met, 1 otherwise. Linux only.
 """
 
 from __future__ import annotations

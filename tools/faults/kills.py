@@ -19,6 +19,8 @@ from tools.programs import Process
 from tools.table import Row, at_least, at_most, reported
 
 POINTS = ("before apply", "after apply", "in the checkpoint", "before the reply")
+#: A hub is also stopped in order, in the middle of the work.
+STOPPED = "stopped by SIGTERM"
 #: From 1 to so many steps of a life until its end.
 _LIVES = 8
 _STEPS_PER_KILL = 6
@@ -128,20 +130,20 @@ def arm_edge() -> None:
 
 def kill_hub(setting: Setting) -> Sequence[Row]:
     """Row 1."""
-    return _experiment(setting, "1 hub", _hub_lives)
+    return _experiment(setting, "1 hub", (*POINTS, STOPPED), _hub_lives)
 
 
 def kill_edge(setting: Setting) -> Sequence[Row]:
     """Row 2."""
-    return _experiment(setting, "2 edge", _edge_lives)
+    return _experiment(setting, "2 edge", POINTS, _edge_lives)
 
 
 Lives = Callable[[Trial, Sequence[tuple[str, dict[str, str]]]], tuple[list[Process], list[float], list[float]]]
 
 
-def _experiment(setting: Setting, row: str, lives: Lives) -> Sequence[Row]:
+def _experiment(setting: Setting, row: str, points: Sequence[str], lives: Lives) -> Sequence[Row]:
     each = setting.count(100, 2)
-    wishes = _wishes(each, random.Random(row))
+    wishes = _wishes(points, each, random.Random(row))
     rounds = -(-_STEPS_PER_KILL * len(wishes) // 10)
     plan = Plan(edges=2, rounds=rounds, round_steps=10)
     expected = undisturbed(plan, setting.folder / "undisturbed")
@@ -151,20 +153,20 @@ def _experiment(setting: Setting, row: str, lives: Lives) -> Sequence[Row]:
     wrong = differences(expected, actual)
     if wrong:
         setting.console.print(f"differs: {', '.join(wrong)}", highlight=False)
-    times, same, soon = _rows(row)
+    times, same, soon = _rows(row, len(points))
     return (
-        at_least(times, len(wishes) / len(POINTS), each),
+        at_least(times, len(wishes) / len(points), each),
         at_most(same, len(wrong), 0),
         at_most(soon, max(going_on), _GOING_ON_S),
         reported(f"{row} killed: cold start until it is ready, worst (s)", max(cold)),
     )
 
 
-def _wishes(each: int, rng: random.Random) -> list[tuple[str, dict[str, str]]]:
+def _wishes(points: Sequence[str], each: int, rng: random.Random) -> list[tuple[str, dict[str, str]]]:
     """How every life ends: (point, environment), shuffled."""
     wishes = [
         (point, {"KILL_POINT": point, "KILL_AFTER": str(_after(point, rng)), "KILL_VARIANT": str(rng.randrange(2))})
-        for point in POINTS
+        for point in points
         for _ in range(each)
     ]
     rng.shuffle(wishes)
@@ -183,12 +185,16 @@ def _hub_lives(
     trace.touch()
     edges: list[Process] = []
     cold, going_on = [], []
-    for number, (_, wish) in enumerate(wishes):
+    for number, (point, wish) in enumerate(wishes):
         hub = trial.start_hub(prepare=arm_hub, env={**wish, "TRACE": str(trace)})
         ready = time.monotonic()
         cold.append(hub.start_s)
         edges = edges or [trial.start_edge(name) for name in trial.plan.names]
-        _dead(hub.process)
+        if point == STOPPED:
+            time.sleep(0.15 * int(wish["KILL_AFTER"]))
+            _stop(hub.process)
+        else:
+            _dead(hub.process)
         if number:
             going_on.append(_since(trace, ready))
     trial.start_hub(prepare=arm_hub, env={"TRACE": str(trace)})
@@ -218,6 +224,12 @@ def _edge_lives(
     return [*edges, trial.start_edge(victim)], cold, going_on
 
 
+def _stop(process: Process) -> None:
+    done = process.end(signal.SIGTERM)
+    if done.code != 0:
+        raise RuntimeError(f"{process} ended with {done.code}")
+
+
 def _dead(process: Process) -> None:
     deadline = time.monotonic() + _LIFE_S
     while process.running:
@@ -235,15 +247,15 @@ def _since(trace: Path, begin: float) -> float:
     return min((at - begin for at in times if at > begin), default=0.0)
 
 
-def _rows(row: str) -> tuple[str, str, str]:
+def _rows(row: str, points: int) -> tuple[str, str, str]:
     return (
-        f"{row} killed: times at each of {len(POINTS)} points",
+        f"{row} killed: times at each of {points} points",
         f"{row} killed: adapters, optimizers and step counts that differ from the undisturbed run",
         f"{row} killed: going on after it is ready, worst (s)",
     )
 
 
 FAULTS = (
-    Fault("1", "kill -9 of the hub at four points", _rows("1 hub"), kill_hub),
-    Fault("2", "kill -9 of an edge at four points", _rows("2 edge"), kill_edge),
+    Fault("1", "kill -9 of the hub at four points, and SIGTERM", _rows("1 hub", 5), kill_hub),
+    Fault("2", "kill -9 of an edge at four points", _rows("2 edge", 4), kill_edge),
 )
