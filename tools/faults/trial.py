@@ -22,7 +22,8 @@ from tools.pocket.text import SITES, private_notes
 from tools.programs import Hub, Process, Programs, free_ports
 
 PARTITIONS = ("1:1", "2:1", "1:2")
-END_S = 600.0
+#: However slow the machine is: only a hang takes longer.
+END_S = 7200.0
 
 
 @dataclass(frozen=True)
