@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import messaging.messages as m
 from hub.credits import Credits, Verdict
@@ -23,7 +23,7 @@ class Admission:
         post: Post,
         credits: Credits,
         sessions: Sessions,
-        members: Mapping[int, Member],
+        members: Callable[[], Iterable[Member]],
         close: Callable[[Session, str], None],
     ) -> None:
         self._post = post
@@ -71,5 +71,5 @@ class Admission:
 
     def _waiting_bytes(self) -> int:
         """Bytes of the steps that wait for the rest of their cohort, and give no room before it is here."""
-        waiting = {seat for seat, member in self._members.items() if member.smashed is not None}
+        waiting = {member.session for member in self._members() if member.smashed is not None}
         return sum(session.account.outstanding for session in self._sessions if session.seat in waiting)

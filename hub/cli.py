@@ -56,11 +56,19 @@ def serve(
     join_file: Annotated[Path | None, typer.Option(help="Write the join string there once edges are accepted.")] = None,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial adapter.")] = 0,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Train so many replicas of B side by side, as Ray processes.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster for the replicas (default: this machine alone).")
+    ] = None,
 ) -> None:
     """Serve Blocks B: train with the edges that join, then serve generation."""
     with exit_codes(), terminable():
         if not lr > 0 or not grace > 0 or not lora_alpha > 0:
             raise InputError("--lr, --lora-alpha and --grace must be above 0")
+        if ray is not None and replicas is None:
+            raise InputError("--ray says where replicas run: give --replicas too")
         from hub.serve import Options
         from hub.serve import serve as run
 
@@ -84,6 +92,8 @@ def serve(
                 join_file=join_file,
                 headless=headless,
                 seed=seed,
+                replicas=replicas,
+                ray=ray,
             )
         )
     sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)

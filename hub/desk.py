@@ -39,7 +39,8 @@ class Served:
 class Desk:
     """Knows the served model and the recipe.
 
-    `applied` are the steps by edge key inside the last checkpoint, `round_tokens` the tokens of its open round.
+    `applied` are the steps by edge key inside the last checkpoint, `round_tokens` the tokens of its open round, `home`
+    the groups that took them.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Desk:
         round_tokens: Mapping[str, int],
         adapter: Mapping[str, torch.Tensor],
         software: str,
+        home: Mapping[str, int] | None = None,
     ) -> None:
         self.served = served
         self.recipe = recipe
@@ -59,6 +61,7 @@ class Desk:
         self.credits = credits
         self.applied = applied
         self.round_tokens = round_tokens
+        self.home = dict(home or {})
         self.software = software
         self._adapter = adapter
         self._receptions = Receptions(2 * sum(t.numel() * 4 + 1024 for t in adapter.values()) + 65536)

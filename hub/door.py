@@ -126,6 +126,12 @@ class Door:
         reason = f"{why}, number {session.number}"
         self._audit.write_often("session closed", group=session.key, name=session.name, key=key, reason=reason)
 
+    def cut_off(self, session: Session, why: str) -> None:
+        """A session ends from this side; whoever waits for answers is told to open another."""
+        self.closed(session, why)
+        for request, (route, _) in session.routes.items():
+            self._post.tell(session, route, request, error(ErrorCode.NO_SESSION, f"{why}: open another session"))
+
     def shut_out(self, session: Session) -> None:
         """Tell an edge that waits for answers that its key is revoked."""
         text = self._access.why_not(session.key)

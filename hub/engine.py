@@ -22,7 +22,6 @@ from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import LayerNames, load, store_by_columns
 from blocks.weights import WeightSource
 from hub import ragged, streams
-from hub.aggregate import Contribution, weighted_mean
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import KvBudget
@@ -41,6 +40,15 @@ class EngineSettings:
     dtype: torch.dtype
     device: torch.device
     kv_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """What training changes: the adapter, the optimizer, and the target tokens that passed each layer in this round."""
+
+    adapter: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    layer_tokens: tuple[int, ...]
 
 
 @dataclass
@@ -270,14 +278,21 @@ class Engine:
         for parameter in adapters.parameters(self._tuned.cut, _TRAIN).values():
             parameter.requires_grad_(True)
 
-    def close_round(self, previous: Adapter, parts: Sequence[Contribution]) -> Adapter:
-        """The new global adapter: the edges' contributions and this hub's own, token-weighted; loads it too."""
-        own = self.trained()
-        tokens = {name: self.layer_tokens[layer] for name, layer in self._layer_of.items()}
-        merged = weighted_mean(previous, [*parts, Contribution(own, tokens)])
-        self.set_trained(merged)
+    def standing(self) -> Standing:
+        """A copy of all that training changes."""
+        return Standing(self.trained(), self.optimizer.state(), tuple(self.layer_tokens))
+
+    def restore(self, standing: Standing) -> None:
+        """Stand there, and forget all that came after it."""
+        self.set_trained(standing.adapter)
+        self.optimizer.load(dict(standing.optimizer))
+        self.layer_tokens = list(standing.layer_tokens)
+
+    def begin_round(self, version: int, adapter: Mapping[str, torch.Tensor], keep: Collection[int]) -> None:
+        """Go on training from a round's adapter, and serve it as `version`, as `publish` does."""
+        self.set_trained(adapter)
         self.layer_tokens = [0] * self.num_layers
-        return merged
+        self.publish(version, adapter, keep)
 
     @property
     def versions(self) -> set[int]:

@@ -6,10 +6,11 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hub.monitor import EdgeRow, HubSnapshot
+from hub.monitor import EdgeRow, HubSnapshot, ReplicaRow
+from hub.replicas.remote import RemoteEngine
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
-from hub.scheduler.state import Phase
+from hub.scheduler.state import Phase, State
 from hub.watch import Watch
 from messaging.liveness import quiet_s
 
@@ -36,31 +37,30 @@ class Figures:
         self.refused = 0
         #: joined steps since the start
         self.steps = 0
-        #: the computation under way: its kind, and when it began
-        self._under_way: tuple[type, float] | None = None
+        #: the computation under way in each group: its kind, and when it began
+        self._under_way: dict[int, tuple[type, float]] = {}
         self._took: defaultdict[type, deque[float]] = defaultdict(lambda: deque(maxlen=_LATELY))
 
-    def began(self, action: act.Compute) -> None:
-        """A compute action goes to the worker."""
-        self._under_way = type(action), self._clock()
+    def began(self, action: act.Compute, group: int = 0) -> None:
+        """A compute action goes to a group's worker."""
+        self._under_way[group] = type(action), self._clock()
         if isinstance(action, act.RunForward):
             self._training.append(len(action.payloads))
         elif isinstance(action, act.RunInfer):
             self._decoding.append(len(action.requests))
 
-    def ended(self) -> None:
-        """What went to the worker is done."""
-        if self._under_way is not None:
-            kind, began = self._under_way
+    def ended(self, group: int = 0) -> None:
+        """What went to a group's worker is done."""
+        if group in self._under_way:
+            kind, began = self._under_way.pop(group)
             self._took[kind].append(self._clock() - began)
-        self._under_way = None
 
     @property
     def overdue_s(self) -> float:
         """Seconds that the computation under way has taken, once that is unusually long; else 0."""
-        if self._under_way is None:
-            return 0.0
-        kind, began = self._under_way
+        return max((self._overdue_s(*under_way) for under_way in self._under_way.values()), default=0.0)
+
+    def _overdue_s(self, kind: type, began: float) -> float:
         taken, usual = self._clock() - began, sorted(self._took[kind])[-2:]
         return taken if taken > max(_OVERDUE_S, _TIMES_LONGER * usual[0] if len(usual) == 2 else 0.0) else 0.0
 
@@ -70,15 +70,18 @@ class Figures:
 
     def snapshot(self, server: Server) -> HubSnapshot:
         """Everything at this moment."""
-        now, state, served = self._clock(), server._scheduler.state, server._desk.served
-        traffic, engine = server._transport.traffic, server._worker.engine
+        now, groups, served = self._clock(), server._groups, server._desk.served
+        states, engines = [group.state for group in groups], [group.worker.engine for group in groups.running]
+        # Of several groups the one that is least far says where the round is.
+        state, joined = min(states, key=_how_far), sum(len(state.active) for state in states)
+        traffic = server._transport.traffic
         then, before_in, before_out = self._last
         elapsed = max(now - then, 1e-6)
         self._last = (now, traffic.received, traffic.sent)
         return HubSnapshot(
             model=served.name,
             dtype=served.dtype,
-            phase=self._watch.trouble or _phase_text(state.phase, len(state.active), state.cohort),
+            phase=self._watch.trouble or _phase_text(state.phase, joined, state.cohort),
             first_layer=1,
             last_layer=served.num_layers - 1,
             layers=served.num_layers,
@@ -88,23 +91,52 @@ class Figures:
             rounds=state.rounds or None,
             round_step=state.round_step,
             round_steps=state.round_steps,
-            hub_step=state.hub_step,
-            cohort_joined=len(state.active),
+            hub_step=sum(state.hub_step for state in states),
+            cohort_joined=joined,
             cohort_size=state.cohort,
             edges=_edges(server._sessions, now, quiet_s(len(server._sessions))),
             edges_per_step=_mean(self._training),
             sessions_per_decode=_mean(self._decoding),
-            queued=len(state.infers),
-            streams=engine.streams,
-            kv_bytes=engine.budget.used,
-            kv_budget_bytes=engine.budget.most,
-            evicted=engine.evicted,
+            queued=sum(len(state.infers) for state in states),
+            streams=sum(engine.streams for engine in engines),
+            kv_bytes=sum(engine.budget.used for engine in engines),
+            kv_budget_bytes=sum(engine.budget.most for engine in engines),
+            evicted=sum(engine.evicted for engine in engines),
+            replicas=_replicas(server),
             bytes_in=traffic.received,
             bytes_out=traffic.sent,
             bytes_in_per_s=(traffic.received - before_in) / elapsed,
             bytes_out_per_s=(traffic.sent - before_out) / elapsed,
             log=server._journal.recent(),
         )
+
+
+def _how_far(state: State) -> tuple[bool, bool, int]:
+    """Orders groups by how far they are in the round; one that has nobody comes last."""
+    return not state.active, state.phase is not Phase.GATHERING, state.round_step
+
+
+def _replicas(server: Server) -> tuple[ReplicaRow, ...]:
+    """A row for each replica that is a process of its own."""
+    rows = []
+    for group in server._groups:
+        engine, mine = group.worker.engine, [s for s in server._sessions if s.group == group.number]
+        if not isinstance(engine, RemoteEngine):
+            continue
+        state = "gone" if group.gone else "starting again" if group.down else _phase_text(group.state.phase, 0, 0)
+        rows.append(
+            ReplicaRow(
+                name=engine.name,
+                where=engine.where,
+                state="waiting for edges" if group.state.phase is Phase.GATHERING and not group.down else state,
+                training=sum(s.train for s in mine),
+                generating=sum(not s.train for s in mine),
+                hub_step=group.state.hub_step,
+                round_step=group.state.round_step,
+                streams=engine.streams,
+            )
+        )
+    return tuple(rows)
 
 
 def _phase_text(phase: Phase, joined: int, cohort: int) -> str:

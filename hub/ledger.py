@@ -8,26 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hub.jobs import StepItem
+from hub.keeper import CheckpointWritten, Progress
 from hub.membership import MemberNote, answered_of
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler.state import Phase, State
 from hub.sessions import Sessions
-from hub.worker import CheckpointWritten, Progress
 from messaging.messages import Tensor
 
 
 class Ledger:
-    """`applied` and `round_tokens` as the loaded checkpoint has them."""
+    """`applied` and `round_tokens` as the loaded checkpoint has them; `home`: the group where an edge trained last."""
 
-    def __init__(self, applied: Mapping[str, int], round_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self, applied: Mapping[str, int], round_tokens: Mapping[str, int], home: Mapping[str, int] | None = None
+    ) -> None:
         self._applied = dict(applied)
+        self._home = dict(home or {})
         #: in the newest checkpoint that was begun, and in the newest that is safe on the disk
         self._begun, self._durable = dict(applied), dict(applied)
         #: target tokens of each edge's applied steps in the open round: the most that its adapter may weigh
         self._round_tokens = dict(round_tokens)
-        #: who is inside the joined step that is computed now: seat -> (key, steps applied when it is done, tokens)
-        self._stepping: dict[int, tuple[str, int, int]] = {}
+        #: who is inside the joined step that a group computes now: (key, steps applied when it is done, tokens) by seat
+        self._stepping: dict[int, dict[int, tuple[str, int, int]]] = {}
 
     def applied(self, key: str) -> int:
         """Steps of an edge that B's optimizer has applied."""
@@ -41,6 +44,25 @@ class Ledger:
         """Steps of an edge in the newest checkpoint on the disk."""
         return self._durable.get(key, 0)
 
+    def home(self, key: str) -> int:
+        """The group that an edge trained in last: what it did is inside that group's replica."""
+        return self._home.get(key, 0)
+
+    def move(self, key: str, group: int) -> None:
+        """An edge trains in this group from now on."""
+        self._home[key] = group
+
+    def _of_group(self, counts: Mapping[str, int], group: int) -> dict[str, int]:
+        return {key: count for key, count in counts.items() if self.home(key) == group}
+
+    def rewind(self, group: int, applied: Mapping[str, int], round_tokens: Mapping[str, int]) -> None:
+        """A group goes back to where it saved last."""
+        for mine, saved in ((self._applied, applied), (self._begun, applied), (self._round_tokens, round_tokens)):
+            for key in self._of_group(mine, group):
+                mine.pop(key)
+            mine.update(self._of_group(saved, group))
+        self._stepping.pop(group, None)
+
     def round_tokens(self, key: str) -> int:
         """Target tokens of an edge's applied steps in the open round."""
         return self._round_tokens.get(key, 0)
@@ -49,22 +71,22 @@ class Ledger:
         """The target tokens that an edge's adapter weighs: those that the hub saw of it, whatever it claims."""
         return min(claimed, self.round_tokens(key))
 
-    def begins(self, action: act.RunForward, sessions: Sessions) -> None:
+    def begins(self, action: act.RunForward, sessions: Sessions, group: int = 0) -> None:
         """A joined forward is handed to the compute thread."""
         inside = [(sessions.find(seat), item) for seat, item in action.payloads]
-        self._stepping = {
+        self._stepping[group] = {
             session.seat: (session.key, self.applied(session.key) + 1, item.tokens)
             for session, item in inside
             if session is not None and isinstance(item, StepItem)
         }
         if action.checkpoint:
-            self._begun = dict(self._applied)
+            self._begun.update(self._of_group(self._applied, group))
 
-    def stepped(self, event: ev.BackwardDone) -> None:
+    def stepped(self, event: ev.BackwardDone, group: int = 0) -> None:
         """The optimizer has stepped, whether or not the edges are still there to hear of it."""
         for seat, answer in event.answers.items():
-            if isinstance(answer, Tensor) and seat in self._stepping:
-                key, applied, tokens = self._stepping[seat]
+            if isinstance(answer, Tensor) and seat in self._stepping.get(group, {}):
+                key, applied, tokens = self._stepping[group][seat]
                 self._applied[key] = applied
                 self._round_tokens[key] = self._round_tokens.get(key, 0) + tokens
 
@@ -77,8 +99,8 @@ class Ledger:
         """A checkpoint is on the disk."""
         self._durable = dict(checkpoint.applied)
 
-    def progress(self, state: State, sessions: Sessions, stopping: bool = False) -> Progress:
-        """Everything as of now, for a checkpoint; of a hub that stops, with what its edges may not have heard."""
+    def progress(self, state: State, sessions: Sessions, group: int = 0, stopping: bool = False) -> Progress:
+        """All of a group as of now, for a checkpoint; of a hub that stops, with what its edges may not have heard."""
         seated = [(member, sessions.find(member.session)) for member in state.members.values()]
         here = [(member, session) for member, session in seated if session is not None]
         answered = [answered_of(member, session.key) for member, session in here] if stopping else []
@@ -87,8 +109,8 @@ class Ledger:
             state.round,
             state.round_step,
             state.version,
-            dict(self._applied),
-            dict(self._round_tokens),
+            self._of_group(self._applied, group),
+            self._of_group(self._round_tokens, group),
             tuple(MemberNote(s.key, s.partition, member.contributes, member.left) for member, s in here),
             state.phase is not Phase.GATHERING,
             tuple(item for item in answered if item is not None),

@@ -1,14 +1,33 @@
-"""Bring a model into the engine, and say how far it is."""
+"""Bring a model into the engine, and say how far it is; what it may use of the machine."""
 
 from __future__ import annotations
 
 import re
+
+import psutil
+import torch
 
 from blocks.source import ModelFiles
 from blocks.surgery import LayerNames
 from blocks.weights import Watched
 from hub.engine import Engine, EngineSettings
 from messaging.console import Journal
+from profiles.cgroup import cgroup_memory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def kv_bytes(device: torch.device, share: int = 1) -> int:
+    """A quarter of the memory that is free before anybody generates; `share` engines share the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 4
+    return free_bytes() // (4 * share)
+
+
+def free_bytes() -> int:
+    """Memory that this process may still use: the machine's, or what a container leaves of it."""
+    limited, free = cgroup_memory(), psutil.virtual_memory().available
+    return free if limited is None else min(free, limited[1])
 
 
 def load_engine(files: ModelFiles, layers: LayerNames, settings: EngineSettings, journal: Journal) -> Engine:

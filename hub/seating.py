@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import messaging.messages as m
 from hub.desk import Desk
 from hub.door import Door
+from hub.groups import Groups
 from hub.ledger import Ledger
 from hub.membership import Answered, MemberNote
 from hub.scheduler import events as ev
-from hub.scheduler.state import Member, Phase, State
+from hub.scheduler.state import Member, Phase
 from hub.sessions import Session, Sessions
 from hub.store.access import AccessList
 from messaging.console import Journal
@@ -27,31 +28,27 @@ _RETURN_S = 60.0
 
 
 class Seating:
-    """`decide` tells the scheduler; `served` are the adapter versions that the engine has."""
+    """`groups`: where there is a place for an edge, and whom to tell."""
 
     def __init__(
         self,
         sessions: Sessions,
-        state: State,
+        groups: Groups,
         access: AccessList,
         desk: Desk,
         door: Door,
         ledger: Ledger,
         journal: Journal,
-        decide: Callable[[ev.Event], None],
-        served: Callable[[], set[int]],
         grace_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._sessions = sessions
-        self._state = state
+        self._groups = groups
         self._access = access
         self._desk = desk
         self._door = door
         self._ledger = ledger
         self._journal = journal
-        self._decide = decide
-        self._served = served
         self._grace_s = grace_s
         self._clock = clock
         self._returning_until = clock() + _RETURN_S
@@ -66,27 +63,42 @@ class Seating:
             self._door.opened(session, route)
         else:
             self.heard(session)
-        return session, self._desk.welcome(session, self._state.version, self._state.round, self._ledger.durable(key))
+        state = self._groups.state(session.group)
+        return session, self._desk.welcome(session, state.version, state.round, self._ledger.durable(key))
 
     def _open(self, key: str, name: str, hello: m.Hello) -> Session:
         """A session for a process of an edge; one that trains takes the seat of the process before it."""
         self._desk.check_hello(hello)
         before = self._before(key, hello) if hello.train else None
-        session = self._session(key, name, (hello.p, hello.q), before, None if hello.train else self._version(hello))
+        group = self._group_for(key, bool(hello.train)) if before is None else before.group
+        version = None if hello.train else self._version(hello, group)
+        session = self._session(key, name, (hello.p, hello.q), before, version, group)
         if before is None:
             self._sessions.add(session)
-            self._decide(ev.EdgeJoined(session.seat, name, session.train, session.applied))
+            if session.train:
+                self._ledger.move(key, group)
+            self._decide(ev.EdgeJoined(session.seat, name, session.train, session.applied), group)
         else:
             session.forwarded, session.silent = before.forwarded, before.silent
             self._sessions.remove(before.number)
             self._sessions.add(session)
             self._journal.log(f"{name} is here again at step {session.applied}")
-            self._decide(ev.EdgeRestarted(session.seat))
+            self._decide(ev.EdgeRestarted(session.seat), group)
             self.heard(session)
         return session
 
+    def _decide(self, event: ev.Event, group: int) -> None:
+        self._groups.decide(event, group)
+
+    def _group_for(self, key: str, train: bool) -> int:
+        """Where an edge has trained in the open round, it goes on; else where there is least to do."""
+        home = self._ledger.home(key)
+        if train and self._ledger.round_tokens(key) and not self._groups[home].gone:
+            return home
+        return self._groups.place(self._sessions, train)
+
     def _session(
-        self, key: str, name: str, partition: tuple[int, int], before: Session | None, version: int | None
+        self, key: str, name: str, partition: tuple[int, int], before: Session | None, version: int | None, group: int
     ) -> Session:
         number = self._sessions.number()
         return Session(
@@ -101,11 +113,12 @@ class Seating:
             replies=self._desk.new_replies(),
             heard_at=self._clock(),
             applied=self._ledger.applied(key),
+            group=group,
         )
 
-    def _version(self, hello: m.Hello) -> int:
+    def _version(self, hello: m.Hello, group: int) -> int:
         """The adapter that a generation uses: the one that it began with, if it is served, or the newest."""
-        return hello.version if hello.version in self._served() else self._state.version
+        return hello.version if hello.version in self._groups.served(group) else self._groups.state(group).version
 
     def _before(self, key: str, hello: m.Hello) -> Session | None:
         """The training session of an earlier process of this edge, whose seat this one can take."""
@@ -113,20 +126,23 @@ class Seating:
         for old in self._sessions.of_key(key):
             if not old.train:
                 continue
-            if old.partition == (hello.p, hello.q) and old.seat in self._state.members:
+            if old.partition == (hello.p, hello.q) and old.seat in self._groups.state(old.group).members:
                 seated = old
             else:
                 self.close(old, "it joined again")
         return seated
 
-    def restore(self, members: Sequence[MemberNote], answered: Sequence[Answered], gathered: bool) -> None:
+    def restore(
+        self, members: Sequence[MemberNote], answered: Sequence[Answered], gathered: bool, group: int = 0
+    ) -> None:
         """Keep the seats of those who trained when the checkpoint was written, until their grace is over."""
-        state, answers = self._state, {item.key: item for item in answered}
+        state, answers = self._groups.state(group), {item.key: item for item in answered}
         for note in members:
             name = self._access.name_by_origin(note.key)
             if name is None or (note.left and not note.contributes):
                 continue
-            session = self._session(note.key, name, note.partition, None, None)
+            session = self._session(note.key, name, note.partition, None, None, group)
+            self._ledger.move(note.key, group)
             session.forwarded = session.applied
             self._sessions.add(session)
             member = Member(session.seat, name, session.applied, contributes=note.contributes)
@@ -138,10 +154,11 @@ class Seating:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
             names = ", ".join(member.name for member in state.members.values())
             self._journal.log(f"waiting for {names} to come back")
+        self._groups.settle()
 
     def pinned(self) -> set[int]:
         """Adapter versions that generations use, or may come back for after a restart of this hub."""
-        returning = self._served() if self._clock() < self._returning_until else set()
+        returning = self._groups.served() if self._clock() < self._returning_until else set()
         return self._sessions.pinned() | returning
 
     def catch_up(self) -> None:
@@ -149,7 +166,7 @@ class Seating:
         for session in self._sessions:
             if session.train:
                 session.applied = self._ledger.applied(session.key)
-                member = self._state.members.get(session.seat)
+                member = self._groups.state(session.group).members.get(session.seat)
                 if member is not None:
                     member.applied = max(member.applied, session.applied)
 
@@ -160,12 +177,12 @@ class Seating:
         session.heard_at = self._clock()
         if session.silent:
             session.silent = False
-            self._decide(ev.EdgeCameBack(session.seat))
+            self._decide(ev.EdgeCameBack(session.seat), session.group)
 
     def leave(self, session: Session, reason: str) -> None:
         """It says good-bye."""
         self._door.closed(session, f"it left: {reason}")
-        self._decide(ev.EdgeGone(session.seat))
+        self._decide(ev.EdgeGone(session.seat), session.group)
         self._sessions.remove(session.number)
 
     def close(self, session: Session, why: str) -> None:
@@ -173,7 +190,12 @@ class Seating:
         self._journal.log(f"{session.name}: session closed: {why}")
         self._door.closed(session, why)
         self._sessions.remove(session.number)
-        self._decide(ev.EdgeGone(session.seat))
+        self._decide(ev.EdgeGone(session.seat), session.group)
+
+    def drop(self, session: Session, why: str) -> None:
+        """End a session whose replica died; its edge opens another one at once, and no scheduler knows this one."""
+        self._door.cut_off(session, why)
+        self._sessions.remove(session.number)
 
     def key_replaced(self, key: str) -> None:
         """The edge has another key now; whatever used the old one hears no more."""
@@ -193,7 +215,7 @@ class Seating:
                 session.owed_at = now
             elif session.train and min(quiet, now - session.owed_at) > self._grace_s and not session.silent:
                 session.silent = True
-                self._decide(ev.EdgeFellSilent(session.seat))
+                self._decide(ev.EdgeFellSilent(session.seat), session.group)
             most = max(_TRAIN_SILENCE_S, self._grace_s) if session.train else _INFER_SILENCE_S
             if quiet > most and math.isfinite(most):
                 self.close(session, f"nothing heard for {quiet:.0f} s")

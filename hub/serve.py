@@ -6,36 +6,40 @@ import gc
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import zmq
 from safetensors.torch import save as save_safetensors
 
 from blocks import adapters
 from blocks.adapters import LoraSpec
-from blocks.device import pick_device
 from blocks.optimizer import Schedule
 from blocks.source import ModelFiles, open_model
+from blocks.surgery import LayerNames
 from hub.credits import Credits
 from hub.desk import Desk, Served
 from hub.engine import Engine, EngineSettings
+from hub.keeper import Keeper, all_applied, all_tokens, fresh
 from hub.library import Library
-from hub.loading import load_engine
-from hub.membership import answers_from_tensors, notes_from_json
+from hub.loading import DTYPES, free_bytes, kv_bytes, load_engine
 from hub.monitor import VIEW, HubSnapshot
+from hub.recovery import state_at
+from hub.replicas.actor import Plan
+from hub.replicas.assembly import compute_place, start_replicas
+from hub.replicas.cluster import Cluster
+from hub.replicas.remote import RemoteEngine
 from hub.scheduler.state import State
 from hub.server import Server
 from hub.store.checkpoints import Checkpoint
 from hub.store.files import write_bytes_atomic
 from hub.store.state import HubState, ModelInfo
-from hub.worker import Worker
+from hub.worker import stand
 from messaging.access import Gate
 from messaging.console import Journal, LiveView, plain_lines
 from messaging.errors import InputError
@@ -43,9 +47,7 @@ from messaging.hub_transport import HubTransport
 from messaging.joining import HubAddress, JoinString
 from messaging.messages import Recipe
 from messaging.transport import Channel
-from profiles.cgroup import cgroup_memory
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POCKET = Path(__file__).parent / "pocket"
 _TOKEN_S = 600.0
 
@@ -72,6 +74,8 @@ class Options:
     join_file: Path | None
     headless: bool
     seed: int
+    replicas: int | None = None
+    ray: str | None = None
 
 
 def serve(options: Options) -> str:
@@ -124,7 +128,18 @@ class Hub:
 
 @contextmanager
 def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Journal) -> Iterator[Hub]:
-    device = pick_device(options.device)
+    with compute_place(options.device, options.replicas, options.ray) as (cluster, device):
+        yield from _assemble_there(options, files, state, journal, cluster, device)
+
+
+def _assemble_there(
+    options: Options,
+    files: ModelFiles,
+    state: HubState,
+    journal: Journal,
+    cluster: Cluster | None,
+    device: torch.device,
+) -> Iterator[Hub]:
     dtype = _dtype(options.dtype, device, files.config)
     spec = adapters.make_spec(files.config, options.lora_rank, options.lora_alpha, options.target_modules)
     recipe = _recipe(options, spec)
@@ -135,8 +150,13 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
     point, warnings = state.checkpoints.load_latest()
     for warning in warnings:
         journal.log(warning)
-    engine = load_engine(files, library.layers, _settings(recipe, spec, dtype, device), journal)
-    published = _restore(engine, state, point, initial, journal)
+    replicas = options.replicas or 1
+    parts, versions = _parts(state, point, initial, library.layers, replicas)
+    settings = _settings(recipe, spec, dtype, device, here=cluster is None)
+    engines = _engines(cluster, files, library, settings, parts[:replicas], versions, journal)
+    if point is not None:
+        step = sum(part.hub_step for part in parts)
+        journal.log(f"going on from the checkpoint at step {step}, round {point.round}")
     text_config = files.config.get_text_config()
     served = Served(
         name=files.name,
@@ -150,17 +170,19 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
         ModelInfo(files.name, library.hash, served.dtype, served.num_layers, spec.fan_in_fan_out), recipe
     )
     desk = Desk(
-        served, recipe, state.next_epoch(), _credits(), point.applied if point else {},
-        point.extra["round_tokens"] if point else {}, initial, f"fedsea {installed_version('fedsea')}",
+        served, recipe, state.next_epoch(), _credits(), all_applied(parts), all_tokens(parts), initial,
+        f"fedsea {installed_version('fedsea')}", _homes(parts, replicas),
     )  # fmt: skip
+    published = versions.get(parts[0].version, initial)
+    keeper = Keeper(state, recipe, library.layers, parts, replicas, published)
     with _listening(options, state, journal) as (transport, address, gate):
-        scheduler = _scheduler_state(recipe, point)
         server = Server(
             transport=transport,
             state=state,
             library=library,
-            worker_of=lambda report: Worker(engine, state, recipe, published, report),
-            scheduler_state=scheduler,
+            engines=engines,
+            keeper=keeper,
+            states=_states(recipe, parts, replicas),
             desk=desk,
             journal=journal,
             grace_s=options.grace_s,
@@ -168,8 +190,7 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
             check_gate=gate.check,
         )
         if point is not None:
-            answered = answers_from_tensors(point.blobs, point.extra["answered"])
-            server.restore(notes_from_json(point.extra["members"]), answered, point.extra["gathered"])
+            server.restore(parts)
         yield Hub(server, state, address, recipe)
 
 
@@ -210,38 +231,49 @@ def _announce(options: Options, hub: Hub, journal: Journal) -> None:
     journal.log(f"ready at {hub.address.host}, ports {hub.address.ctl}, {hub.address.bulk}, {hub.address.enrol}")
 
 
-def _restore(
-    engine: Engine, state: HubState, point: Checkpoint | None, initial: adapters.Adapter, journal: Journal
-) -> adapters.Adapter:
-    """Bring the engine to the last checkpoint, or to the initial adapter; returns what is published."""
-    if point is None:
-        state.adapters.rewind(0)
-        engine.set_trained(initial)
-        return initial
-    engine.set_trained(point.adapter)
-    engine.optimizer.load(dict(point.optimizer))
-    engine.layer_tokens = list(point.extra["layer_tokens"])
-    state.adapters.rewind(point.version)
-    published = initial
-    if point.version:
-        kept = state.adapters.kept()
-        if not kept or kept[0].version != point.version:
-            raise InputError(f"the published adapter version {point.version} is missing in {state.folder}/adapters")
-        published = kept[0].tensors()
-        # The older ones too: generations that began with them go on.
-        for old in reversed(kept[1:]):
-            engine.publish(old.version, old.tensors(), engine.versions)
-        engine.publish(point.version, published, engine.versions)
-    journal.log(f"going on from the checkpoint at step {point.hub_step}, round {point.round}")
-    return published
+def _parts(
+    state: HubState, point: Checkpoint | None, initial: adapters.Adapter, layers: LayerNames, replicas: int
+) -> tuple[list[Checkpoint], dict[int, adapters.Adapter]]:
+    """Where each replica goes on, behind them those that are no more; and the adapters that are served."""
+    saved = [] if point is None else [point, *point.others]
+    state.adapters.rewind(saved[0].version if saved else 0)
+    # The older ones too: generations that began with them go on.
+    served = {kept.version: kept.tensors() for kept in state.adapters.kept()}
+    version = saved[0].version if saved else 0
+    if version and version not in served:
+        raise InputError(f"the published adapter version {version} is missing in {state.folder}/adapters")
+    hosted = adapters.of_layers(served.get(version, initial), layers, 1, layers.count)
+    new = [fresh(hosted, layers.count, point) for _ in range(replicas - len(saved))]
+    return [*saved, *new], served
 
 
-def _scheduler_state(recipe: Recipe, point: Checkpoint | None) -> State:
-    state = State(cohort=recipe.cohort, round_steps=recipe.round_steps, rounds=recipe.rounds)
-    if point is not None:
-        state.hub_step, state.round = point.hub_step, point.round
-        state.round_step, state.version = point.round_step, point.version
-    return state
+def _states(recipe: Recipe, parts: Sequence[Checkpoint], replicas: int) -> list[State]:
+    like = State(recipe.cohort, recipe.round_steps, recipe.rounds, joint=replicas > 1)
+    return [state_at(part, like) for part in parts[:replicas]]
+
+
+def _homes(parts: Sequence[Checkpoint], replicas: int) -> dict[str, int]:
+    """The group of each edge; those of replicas that are no more are booked in the first until they come."""
+    return {key: number if number < replicas else 0 for number, part in enumerate(parts) for key in part.applied}
+
+
+def _engines(
+    cluster: Cluster | None,
+    files: ModelFiles,
+    library: Library,
+    settings: EngineSettings,
+    parts: Sequence[Checkpoint],
+    versions: dict[int, adapters.Adapter],
+    journal: Journal,
+) -> list[Engine] | list[RemoteEngine]:
+    """The engine in this process, or one in each replica's; they stand where their parts say."""
+    if cluster is None:
+        engine = load_engine(files, library.layers, settings, journal)
+        stand(engine, parts[0], versions)
+        return [engine]
+    dtype = str(settings.dtype).removeprefix("torch.")
+    plan = Plan(files.name, library.hash, settings.spec, settings.schedule, dtype, settings.device.type, 1, 0)
+    return list(start_replicas(cluster, plan, parts, versions, journal))
 
 
 def _recipe(options: Options, spec: LoraSpec) -> Recipe:
@@ -260,9 +292,9 @@ def _recipe(options: Options, spec: LoraSpec) -> Recipe:
     )
 
 
-def _settings(recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device) -> EngineSettings:
+def _settings(recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device, here: bool) -> EngineSettings:
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
-    return EngineSettings(spec, schedule, dtype, device, _kv_bytes(device))
+    return EngineSettings(spec, schedule, dtype, device, kv_bytes(device) if here else 0)
 
 
 def _check_state(state: HubState, model_hash: str, recipe: Recipe) -> None:
@@ -291,22 +323,9 @@ def _dtype(name: str, device: torch.device, config: Any) -> torch.dtype:
     return DTYPES[name]
 
 
-def _kv_bytes(device: torch.device) -> int:
-    """A quarter of the memory that is free before anybody generates."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    return _free_bytes() // 4
-
-
 def _credits() -> Credits:
     """A quarter of the memory that is free for the bytes in work of all edges."""
-    return Credits(_free_bytes() // 4)
-
-
-def _free_bytes() -> int:
-    """Memory that this process may still use: the machine's, or what a container leaves of it."""
-    limited, free = cgroup_memory(), psutil.virtual_memory().available
-    return free if limited is None else min(free, limited[1])
+    return Credits(free_bytes() // 4)
 
 
 def _raise_descriptor_limit() -> None:

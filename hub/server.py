@@ -18,25 +18,30 @@ import messaging.messages as m
 from hub.admission import Admission
 from hub.desk import Desk
 from hub.door import Door
+from hub.engine import Engine
 from hub.figures import Figures
 from hub.filing import Filing
+from hub.groups import Group, Groups
 from hub.guard import Guard
 from hub.jobs import EdgeAdapter
+from hub.keeper import CheckpointWritten, Failure, Keeper, RoundMerged
 from hub.ledger import Ledger
 from hub.library import Library
 from hub.lull import Lull
-from hub.membership import Answered, MemberNote
 from hub.monitor import HubSnapshot
 from hub.post import Post, error, refusal
+from hub.recovery import Recovery, ReplicasGone, seats_of
+from hub.replicas.remote import RemoteEngine
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler.state import State
 from hub.seating import Seating
 from hub.sessions import Session, Sessions
+from hub.store.checkpoints import Checkpoint
 from hub.store.state import HubState
 from hub.watch import Watch
-from hub.worker import CheckpointWritten, Failure, Report, Worker
+from hub.worker import Deposited, ReplicaBack, ReplicaDied, ReplicaGone, Report, Worker
 from messaging.console import Journal
 from messaging.errors import ErrorCode, FedseaError, ForeignSession, HubError, ProtocolError, VersionMismatch
 from messaging.framing import decode
@@ -59,8 +64,9 @@ class Server:
         transport: HubSide,
         state: HubState,
         library: Library,
-        worker_of: Callable[[Callable[[Report], None]], Worker],
-        scheduler_state: State,
+        engines: Sequence[Engine | RemoteEngine],
+        keeper: Keeper,
+        states: Sequence[State],
         desk: Desk,
         journal: Journal,
         grace_s: float,
@@ -70,27 +76,29 @@ class Server:
     ) -> None:
         self._transport = transport
         self._state = state
-        self._scheduler = Scheduler(scheduler_state)
         self._desk = desk
         self._journal = journal
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._worker = worker_of(lambda event: self._from_thread(partial(self._on_compute, event)))
+        self._keeper = keeper
+        keeper.report = lambda event: self._from_thread(partial(self._on_kept, event))
         self._post = Post(transport, desk.epoch, desk.credits, clock)
         self._door = Door(state, self._post, journal, check_gate)
         self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch, desk.credits)
-        self._ledger = Ledger(desk.applied, desk.round_tokens)
-        self._seating = Seating(
-            self._sessions, scheduler_state, state.access, desk, self._door, self._ledger, journal, self._decide,
-            lambda: self._worker.engine.versions, grace_s, clock,
-        )  # fmt: skip
-        self._admission = Admission(
-            self._post, desk.credits, self._sessions, scheduler_state.members, self._seating.close
-        )
+        self._ledger = Ledger(desk.applied, desk.round_tokens, desk.home)
         self._checkpoint_s = checkpoint_s
-        #: when the next checkpoint is due; inf while one is due or being written
-        self._checkpoint_at = clock() + checkpoint_s
+        self._groups = Groups([], self._decide)
+        for number, (engine, at) in enumerate(zip(engines, states, strict=True)):
+            worker = Worker(engine, number, keeper, self._reporter(number))
+            self._groups.all.append(Group(number, Scheduler(at), worker, clock() + checkpoint_s))
+        self._seating = Seating(
+            self._sessions, self._groups, state.access, desk, self._door, self._ledger, journal, grace_s, clock
+        )
+        self._recovery = Recovery(
+            self._groups, keeper, self._sessions, self._seating, self._ledger, state.adapters, journal
+        )
+        self._admission = Admission(self._post, desk.credits, self._sessions, self._groups.members, self._seating.close)
         self._stopping = threading.Event()
         self._tick_at = clock()
         self._seen_at = clock() + _SEEN_S
@@ -121,7 +129,8 @@ class Server:
         self._transport.wake()
 
     def _startup(self) -> None:
-        self._worker.start()
+        for group in self._groups:
+            group.worker.start()
 
     def _main_loop(self) -> None:
         while not self._stopping.is_set() and self._failure is None:
@@ -144,8 +153,12 @@ class Server:
 
     def _shutdown(self) -> None:
         """Finish what is being computed, send what is due, write a checkpoint."""
-        self._scheduler.state.stopping = True
-        self._worker.stop()
+        for group in self._groups:
+            group.state.stopping = True
+        while self._groups.merging and self._failure is None:
+            self._inbox.get()()
+        for group in self._groups:
+            group.worker.stop()
         while not self._inbox.empty():
             self._inbox.get()()
         deadline = self._clock() + _FLUSH_S
@@ -156,10 +169,23 @@ class Server:
             for request, (route, _) in session.routes.items():
                 self._post.tell(session, route, request, error(ErrorCode.SHUTDOWN, "the hub is stopping"))
         self._filing.close()
-        if self._failure is None:
-            self._worker.finish(self._ledger.progress(self._scheduler.state, self._sessions, stopping=True))
-            step = self._scheduler.state.hub_step
-            self._journal.log(f"checkpoint written at step {step}; start `hub serve` with the same --state to go on")
+        try:
+            if self._failure is None:
+                self._last_checkpoint()
+        finally:
+            self._keeper.finish()
+
+    def _last_checkpoint(self) -> None:
+        for group in self._groups.running:
+            if not group.down:
+                progress = self._ledger.progress(group.state, self._sessions, group.number, stopping=True)
+                group.worker.leave_to_keeper(progress)
+        self._keeper.write().result()
+        step = sum(group.state.hub_step for group in self._groups)
+        self._journal.log(f"checkpoint written at step {step}; start `hub serve` with the same --state to go on")
+
+    def _reporter(self, group: int) -> Callable[[Report], None]:
+        return lambda event: self._from_thread(partial(self._on_compute, event, group))
 
     def _from_thread(self, job: Callable[[], None]) -> None:
         """Have the loop run `job`; for other threads."""
@@ -228,9 +254,9 @@ class Server:
             case m.Ping():
                 session.ping = packet.message
                 self._door.announce(key, route)
-                self._post.tell(session, route, envelope.request, self._pong())
+                self._post.tell(session, route, envelope.request, self._pong(session.group))
             case m.CloseStream():
-                self._decide(ev.StreamClosed(session.seat, packet.message.stream))
+                self._decide(ev.StreamClosed(session.seat, packet.message.stream), session.group)
             case _:
                 if self._admission.admit(session, route, packet, size):
                     self._begin(session, packet)
@@ -246,12 +272,12 @@ class Server:
             case m.Upload():
                 self._filing.upload(session, message, partial(self._uploaded, session, request, message.round))
             case m.Leave():
-                self._decide(ev.EdgeLeft(session.seat, bool(message.done)))
+                self._decide(ev.EdgeLeft(session.seat, bool(message.done)), session.group)
                 self._post.answer(session, request, m.Bye())
                 if not message.done:
                     self._seating.leave(session, message.reason)
             case _ if event is not None:
-                self._decide(event)
+                self._decide(event, session.group)
 
     # -- sessions ------------------------------------------------------------------------------------
 
@@ -261,9 +287,15 @@ class Server:
         self._post.tell(session, route, request, welcome)
         self._filing.run(partial(self._state.access.record_seen, [key]))
 
-    def restore(self, members: Sequence[MemberNote], answered: Sequence[Answered], gathered: bool) -> None:
-        """What the last checkpoint says of the cohort; see Seating."""
-        self._seating.restore(members, answered, gathered)
+    def restore(self, parts: Sequence[Checkpoint]) -> None:
+        """Seat those whom the last checkpoint knows; edges of replicas that are no more take seats in other groups."""
+        for number, part in enumerate(parts):
+            members, answered, gathered = seats_of(part)
+            if number < len(self._groups):
+                self._seating.restore(members, answered, gathered, number)
+                continue
+            for note in members:
+                self._seating.restore([note], (), gathered, self._groups.place(self._sessions, True))
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)
@@ -271,9 +303,10 @@ class Server:
 
     # -- what the scheduler says -----------------------------------------------------------------------
 
-    def _decide(self, event: ev.Event) -> None:
-        """Tell the scheduler and carry out what it answers."""
-        for action in self._scheduler.handle(event):
+    def _decide(self, event: ev.Event, number: int) -> None:
+        """Tell a group's scheduler and carry out what it answers."""
+        group = self._groups[number]
+        for action in group.scheduler.handle(event):
             match action:
                 case act.Note():
                     self._journal.log(action.text)
@@ -288,11 +321,16 @@ class Server:
                 case act.AnswerRound():
                     self._answer_round(action)
                 case _:
-                    if isinstance(action, act.RunForward):
-                        self._ledger.begins(action, self._sessions)
-                    self._figures.began(action)
-                    progress = self._ledger.progress(self._scheduler.state, self._sessions)
-                    self._worker.put(action, progress, self._seating.pinned())
+                    self._compute(action, group)
+        self._groups.settle()
+
+    def _compute(self, action: act.Compute, group: Group) -> None:
+        if isinstance(action, act.RunForward):
+            self._ledger.begins(action, self._sessions, group.number)
+        elif isinstance(action, act.CloseRound):
+            group.closing = action
+        self._figures.began(action, group.number)
+        group.worker.put(action, self._ledger.progress(group.state, self._sessions, group.number))
 
     def _answer_backward(self, action: act.AnswerBackward) -> None:
         session = self._sessions.find(action.session)
@@ -303,26 +341,64 @@ class Server:
         published = m.Published(action.version, action.round, int(action.over))
         self._reply(action.session, action.request, published)
 
-    def _on_compute(self, event: Report) -> None:
+    def _on_compute(self, event: Report, number: int) -> None:
+        group = self._groups[number]
         if isinstance(event, Failure):
             self._failure = event.error
             return
-        if isinstance(event, CheckpointWritten):
-            self._ledger.written(event)
-            # Where one is due already, none more may become due before that one is on the disk: edges keep what
-            # fits the two newest that were begun.
-            if not self._scheduler.state.checkpoint_due:
-                self._checkpoint_at = self._clock() + self._checkpoint_s
-            return
-        self._figures.ended()
-        if isinstance(event, ev.BackwardDone):
-            self._figures.stepped(event)
-            self._ledger.stepped(event)
-            self._seating.catch_up()
-        elif isinstance(event, ev.RoundPublished):
-            self._ledger.published()
-            self._filing.run(partial(self._desk.round_over, self._scheduler.state.round + 1))
-        self._decide(event)
+        self._figures.ended(number)
+        match event:
+            case Deposited():
+                self._deposited(group)
+                return
+            case ReplicaDied():
+                self._recovery.died(group, event)
+                return
+            case ReplicaBack():
+                self._recovery.back(group, event)
+                return
+            case ReplicaGone():
+                self._replica_gone(group, event)
+                return
+            case ev.BackwardDone():
+                self._figures.stepped(event)
+                self._ledger.stepped(event, number)
+                self._seating.catch_up()
+            case ev.RoundPublished():
+                self._groups.published(group)
+        self._decide(event, number)
+
+    def _deposited(self, group: Group) -> None:
+        actions = self._groups.deposited(group)
+        if actions is not None:
+            self._keeper.close_round(actions, self._seating.pinned())
+
+    def _replica_gone(self, group: Group, event: ReplicaGone) -> None:
+        try:
+            self._recovery.gone(group, event)
+        except ReplicasGone as error:
+            self._failure = error
+
+    def _on_kept(self, event: CheckpointWritten | RoundMerged | Failure) -> None:
+        match event:
+            case Failure():
+                self._failure = event.error
+            case CheckpointWritten():
+                self._ledger.written(event)
+                for group in self._groups if event.group is None else [self._groups[event.group]]:
+                    # Where one is due already, none more may become due before that one is on the disk: edges keep
+                    # what fits the two newest that were begun.
+                    if not group.state.checkpoint_due:
+                        group.checkpoint_at = self._clock() + self._checkpoint_s
+            case RoundMerged():
+                self._ledger.published()
+                running, round_ = self._groups.running, self._groups[0].state.round + 1
+                self._filing.run(partial(self._desk.round_over, round_))
+                if len(self._groups) > 1:
+                    text = f"round {round_} published as adapter version {event.version}, of {len(running)} replicas"
+                    self._journal.log(text)
+                for group in running:
+                    group.worker.begin_round(event, self._seating.pinned())
 
     # -- answers ---------------------------------------------------------------------------------------
 
@@ -342,16 +418,17 @@ class Server:
     def _describe(self, message: m.Describe) -> m.AnyMessage:
         if not message.min_version <= m.PROTOCOL_VERSION <= message.max_version:
             return self._desk.version_error(message.min_version, message.max_version, message.software)
-        state = self._scheduler.state
+        state = self._groups.running[0].state
         return self._desk.description(state.version, state.round)
 
-    def _pong(self) -> m.Pong:
-        state = self._scheduler.state
+    def _pong(self, group: int | None = None) -> m.Pong:
+        """How it stands with the hub; round and version are those of a group: another may be a moment ahead."""
+        state = self._groups.running[0].state if group is None else self._groups.state(group)
         return m.Pong(
-            joined=len(state.active),
+            joined=sum(len(other.state.active) for other in self._groups),
             cohort=state.cohort,
             round=state.round,
-            step=state.hub_step,
+            step=sum(other.state.hub_step for other in self._groups),
             adapter_version=state.version,
             queue=len(state.infers),
             stopping=int(self._stopping.is_set()),
@@ -363,7 +440,7 @@ class Server:
     ) -> None:
         if adapter is not None:
             weighed = replace(adapter, tokens=self._ledger.weight(session.key, adapter.tokens))
-            self._decide(ev.AdapterUploaded(session.seat, round_, weighed))
+            self._decide(ev.AdapterUploaded(session.seat, round_, weighed), session.group)
         self._post.answer(session, request, answer)
 
     def _reply(self, seat: int, request: int, message: m.AnyMessage) -> None:
@@ -379,10 +456,11 @@ class Server:
         if now >= self._look_at_sessions:
             self._look_at_sessions = now + min(len(self._sessions) * _LOOK_S_PER_SESSION, _LOOK_MOST_S)
             self._seating.look(now)
-            self._watch.look(self._sessions, self._scheduler.state, self._figures.overdue_s)
-        if now >= self._checkpoint_at:
-            self._checkpoint_at = math.inf
-            self._decide(ev.CheckpointDue())
+            self._watch.look(self._sessions, [group.state for group in self._groups], self._figures.overdue_s)
+        for group in self._groups:
+            if now >= group.checkpoint_at:
+                group.checkpoint_at = math.inf
+                self._decide(ev.CheckpointDue(), group.number)
         self._seating.look_at_keys()
         if now >= self._seen_at:
             self._seen_at = now + _SEEN_S

@@ -50,6 +50,8 @@ class Session:
     applied: int = 0
     #: steps of which the forward was asked for; below this it is asked again
     forwarded: int = 0
+    #: the group whose replica serves it
+    group: int = 0
 
 
 class Sessions:

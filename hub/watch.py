@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hub.scheduler.state import Phase, State
 from hub.sessions import Session
@@ -23,20 +23,24 @@ class Watch:
         self._clock = clock
         #: when each session that is silent was last heard, and its name
         self._silent: dict[int, tuple[float, str]] = {}
-        #: the step and phase in which some wait for others, since when, and for whom
-        self._wait: tuple[object, float, tuple[str, ...]] = (None, 0.0, ())
+        #: in each group: the step and phase in which some wait for others, since when, and for whom
+        self._waits: dict[int, tuple[object, float, tuple[str, ...]]] = {}
         self._busy_s = 0.0
         self._busy_told = False
 
-    def look(self, sessions: Iterable[Session], state: State, busy_s: float) -> None:
-        """What has changed since the last look. `busy_s`: how long an overdue computation has taken, 0 for none."""
+    def look(self, sessions: Iterable[Session], states: Sequence[State], busy_s: float) -> None:
+        """What has changed since the last look, in each group's state.
+
+        `busy_s`: how long an overdue computation has taken, 0 for none.
+        """
         now, here = self._clock(), list(sessions)
         limit = edge_silent_s(len(here))
         for session in here:
             self._look_at(session, now, limit)
         for number in self._silent.keys() - {session.number for session in here}:
             del self._silent[number]
-        self._look_at_cohort(state, now)
+        for group, state in enumerate(states):
+            self._look_at_cohort(group, state, now)
         self._look_at_compute(busy_s)
 
     @property
@@ -44,7 +48,7 @@ class Watch:
         """What holds the cohort up, for the screen; empty when nothing does."""
         if self._busy_s:
             return f"busy with one computation for {duration(self._busy_s)}"
-        _, since, names = self._wait
+        since, names = min(((since, names) for _, since, names in self._waits.values() if names), default=(0.0, ()))
         waited = self._clock() - since
         if not names or waited < _WAITED_S:
             return ""
@@ -62,11 +66,11 @@ class Watch:
             del self._silent[session.number]
             self._journal.log(f"{session.name} is back after {duration(session.heard_at - before[0])}")
 
-    def _look_at_cohort(self, state: State, now: float) -> None:
+    def _look_at_cohort(self, group: int, state: State, now: float) -> None:
         where = (state.phase, state.hub_step, state.round)
         names = laggards(state)
-        since = self._wait[1] if self._wait[0] == where and self._wait[2] else now
-        self._wait = (where, since, names)
+        before = self._waits.get(group, (None, now, ()))
+        self._waits[group] = (where, before[1] if before[0] == where and before[2] else now, names)
 
     def _look_at_compute(self, busy_s: float) -> None:
         if busy_s and not self._busy_told:

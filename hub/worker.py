@@ -1,118 +1,129 @@
-"""The compute thread: carries out one action at a time on the engine, and reports what came of it."""
+"""The compute thread: carries out one job at a time on the engine, and reports what came of it."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError, deserialize
 
-from blocks import adapters
-from hub.aggregate import Contribution
 from hub.engine import Engine
-from hub.jobs import EdgeAdapter, StepItem
-from hub.membership import Answered, MemberNote, answers_to_tensors, notes_to_json
+from hub.jobs import StepItem
+from hub.keeper import Failure, Keeper, Progress, RoundMerged, standing_of
+from hub.replicas.errors import ReplicaLost
+from hub.replicas.remote import RemoteEngine
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.store.checkpoints import Checkpoint
-from hub.store.state import HubState
-from messaging.errors import ProtocolError
-from messaging.messages import Recipe
+from messaging.errors import FedseaError, ProtocolError
+
+#: How often a replica may die while it is started.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a checkpoint needs to know besides tensors.
-
-    `applied` counts steps by edge key, `round_tokens` the target tokens of the open round. `gathered`: the cohort
-    has begun. `answered`: answers that edges may not have heard; only a hub that stops keeps them.
-    """
-
-    hub_step: int
-    round: int
-    round_step: int
-    version: int
-    applied: Mapping[str, int]
-    round_tokens: Mapping[str, int]
-    members: tuple[MemberNote, ...]
-    gathered: bool
-    answered: tuple[Answered, ...] = ()
+class Deposited:
+    """All that a group has for the round that closes is with the keeper."""
 
 
 @dataclass(frozen=True)
-class CheckpointWritten:
-    """A checkpoint is safe on the disk; it holds so many steps of each edge, by key."""
+class ReplicaDied:
+    """The process of a replica is gone, and what it had in its memory."""
 
-    applied: Mapping[str, int]
+    why: str
 
 
 @dataclass(frozen=True)
-class Failure:
-    """The compute thread, or the one that writes checkpoints, died of an exception; the hub cannot go on."""
+class ReplicaBack:
+    """A replica runs again, and stands where its group saved last."""
 
-    error: BaseException
+    where: str
 
 
-Report = ev.Event | CheckpointWritten | Failure
+@dataclass(frozen=True)
+class ReplicaGone:
+    """A replica died and cannot be started again."""
+
+    why: str
+
+
+Report = ev.Event | Deposited | ReplicaDied | ReplicaBack | ReplicaGone | Failure
+Versions = Mapping[int, Mapping[str, torch.Tensor]]
 
 
 class Worker:
-    """Runs compute actions in a thread of its own; `report` is called there with the event that follows.
+    """Runs the jobs of one group in a thread of its own; `report` is called there with what follows.
 
-    Checkpoints are copied between two actions, and written by another thread meanwhile.
+    `group` names its part in the keeper. Checkpoints are copied between two jobs, and written by another thread.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        state: HubState,
-        recipe: Recipe,
-        published: Mapping[str, torch.Tensor],
-        report: Callable[[Report], None],
+        self, engine: Engine | RemoteEngine, group: int, keeper: Keeper, report: Callable[[Report], None]
     ) -> None:
         self.engine = engine
-        self._state = state
-        self._recipe = recipe
-        self._published = dict(published)
+        self._group = group
+        self._keeper = keeper
         self._report = report
-        self._jobs: queue.SimpleQueue[tuple[act.Compute, Progress, set[int]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._jobs: queue.SimpleQueue[Callable[[], Report] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"compute {group}", daemon=True)
 
     def start(self) -> None:
         """Begin to take jobs."""
         self._thread.start()
 
-    def put(self, action: act.Compute, progress: Progress, pinned: set[int]) -> None:
-        """Queue an action. `progress` as of now; `pinned`: adapter versions that sessions still use."""
-        self._jobs.put((action, progress, pinned))
+    def put(self, action: act.Compute, progress: Progress) -> None:
+        """Queue an action; `progress` of its group as of now."""
+        self._jobs.put(lambda: self._carry_out(action, progress))
+
+    def begin_round(self, merged: RoundMerged, keep: Collection[int]) -> None:
+        """Queue the loading of a round's adapter; of the older versions those in `keep` stay."""
+
+        def job() -> Report:
+            self.engine.begin_round(merged.version, merged.adapter, keep)
+            return ev.RoundPublished(merged.version)
+
+        self._jobs.put(job)
+
+    def revive(self, part: Checkpoint, versions: Versions) -> None:
+        """Queue the start of another process for a replica that died; it goes on from `part` and serves `versions`."""
+
+        def job() -> Report:
+            assert isinstance(self.engine, RemoteEngine)
+            try:
+                bring_up(self.engine, part, versions)
+            except FedseaError as error:
+                return ReplicaGone(str(error))
+            return ReplicaBack(self.engine.where)
+
+        self._jobs.put(job)
 
     def stop(self) -> None:
         """Wait for the job under way, then end the thread."""
         self._jobs.put(None)
         self._thread.join()
 
-    def finish(self, progress: Progress) -> None:
-        """After `stop`: write the last checkpoint, and end the thread that writes. StoreError if it fails."""
+    def leave_to_keeper(self, progress: Progress) -> None:
+        """After `stop`: keep where the group stands. A replica that is lost stands where it saved last."""
         try:
-            self._save(progress).result()
-        finally:
-            self._writer.shutdown()
+            self._keeper.take(self._group, self.engine.standing(), progress)
+        except ReplicaLost:
+            return
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                event = self._carry_out(*job)
+                event = job()
+            except ReplicaLost as lost:
+                event = ReplicaDied(str(lost))
             except BaseException as error:
                 self._report(Failure(error))
                 return
             self._report(event)
 
-    def _carry_out(self, action: act.Compute, progress: Progress, pinned: set[int]) -> ev.Event:
+    def _carry_out(self, action: act.Compute, progress: Progress) -> Report:
         match action:
             case act.RunForward():
                 return self._forward(action, progress)
@@ -123,7 +134,8 @@ class Worker:
                 pairs = zip(action.requests, outcomes, strict=True)
                 return ev.InferDone(tuple((session, request, outcome) for (session, request, _), outcome in pairs))
             case act.CloseRound():
-                return self._close_round(action, progress, pinned)
+                self._keeper.deposit(self._group, self.engine.standing(), progress)
+                return Deposited()
             case act.FreeStreams():
                 for session, stream in action.streams:
                     if stream:
@@ -134,62 +146,29 @@ class Worker:
 
     def _forward(self, action: act.RunForward, progress: Progress) -> ev.Event:
         if action.checkpoint:
-            self._save(progress)
+            self._keeper.save(self._group, self.engine.standing(), progress)
         items = [item for _, item in action.payloads if isinstance(item, StepItem)]
         answers = self.engine.step_forward(items)
         return ev.ForwardDone(answers, {item.session: item.digest() for item in items})
 
-    def _close_round(self, action: act.CloseRound, progress: Progress, pinned: set[int]) -> ev.Event:
-        parts = [self._contribution(upload) for upload in action.uploads if isinstance(upload, EdgeAdapter)]
-        merged = self.engine.close_round(self._published, parts)
-        self._state.adapters.publish(action.version, action.round + 1, merged, self._recipe, pinned)
-        members = tuple(replace(note, contributes=False) for note in progress.members)
-        closed = Progress(
-            progress.hub_step, action.round + 1, 0, action.version, progress.applied, {}, members, gathered=True
-        )
-        self._save(closed).result()
-        self.engine.publish(action.version, merged, pinned)
-        self._published = merged
-        return ev.RoundPublished(action.version)
 
-    def _contribution(self, upload: EdgeAdapter) -> Contribution:
-        names = self.engine.names
-        mine = {
-            name: value
-            for name, value in upload.tensors.items()
-            if not upload.place.enter <= adapters.layer_of(name, names) < upload.place.leave
-        }
-        return Contribution(mine, dict.fromkeys(mine, upload.tokens))
-
-    def _save(self, progress: Progress) -> Future[None]:
-        """Copy B's adapter and optimizer as they are now, and have them written."""
-        blobs, answered = answers_to_tensors(progress.answered)
-        checkpoint = Checkpoint(
-            hub_step=progress.hub_step,
-            round=progress.round,
-            round_step=progress.round_step,
-            version=progress.version,
-            applied=progress.applied,
-            adapter=self.engine.trained(),
-            optimizer=self.engine.optimizer.state(),
-            extra={
-                "layer_tokens": list(self.engine.layer_tokens),
-                "round_tokens": dict(progress.round_tokens),
-                "members": notes_to_json(progress.members),
-                "gathered": progress.gathered,
-                "answered": answered,
-            },
-            blobs=blobs,
-        )
-        return self._writer.submit(self._write, checkpoint)
-
-    def _write(self, checkpoint: Checkpoint) -> None:
+def bring_up(engine: RemoteEngine, part: Checkpoint, versions: Versions) -> None:
+    """Start a replica, and have it `stand`. InputError or ReplicaLost if that cannot be."""
+    for tries_left in reversed(range(_TRIES)):
         try:
-            self._state.checkpoints.save(checkpoint)
-        except BaseException as error:
-            self._report(Failure(error))
-            raise
-        self._report(CheckpointWritten(checkpoint.applied))
+            engine.start()
+            stand(engine, part, versions)
+            return
+        except ReplicaLost:
+            if not tries_left:
+                raise
+
+
+def stand(engine: Engine | RemoteEngine, part: Checkpoint, versions: Versions) -> None:
+    """Bring an engine to where `part` says, and have it serve these adapter versions beside the initial one."""
+    engine.restore(standing_of(part))
+    for version, adapter in sorted(versions.items()):
+        engine.publish(version, adapter, {0, *versions})
 
 
 def parse_upload(data: bytes, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

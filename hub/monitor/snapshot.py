@@ -27,6 +27,20 @@ class EdgeRow:
 
 
 @dataclass(frozen=True)
+class ReplicaRow:
+    """One replica of B: its process, the sessions of its edges, its optimizer steps in all and in this round."""
+
+    name: str
+    where: str
+    state: str
+    training: int
+    generating: int
+    hub_step: int
+    round_step: int
+    streams: int
+
+
+@dataclass(frozen=True)
 class HubSnapshot:
     """One moment of `hub serve`. None: not known (yet), or, for a total, open-ended."""
 
@@ -49,6 +63,8 @@ class HubSnapshot:
     cohort_joined: int = 0
     cohort_size: int = 0
     edges: tuple[EdgeRow, ...] = ()
+    #: empty where B runs in the hub's own process
+    replicas: tuple[ReplicaRow, ...] = ()
     #: Occupancy, averaged over the recent batches.
     edges_per_step: float | None = None
     sessions_per_decode: float | None = None
@@ -72,6 +88,7 @@ def from_fields(fields: Mapping[str, Any]) -> HubSnapshot:
             **fields,
             "endpoints": tuple(fields["endpoints"]),
             "edges": tuple(EdgeRow(**edge) for edge in fields["edges"]),
+            "replicas": tuple(ReplicaRow(**replica) for replica in fields["replicas"]),
             "log": tuple(fields["log"]),
         }
     )

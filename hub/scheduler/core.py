@@ -62,6 +62,13 @@ class Scheduler:
                 self.state.busy = False
             case ev.CheckpointDue():
                 self.state.checkpoint_due = True
+            case ev.OthersChanged():
+                self.state.elsewhere = event.active
+                self._begin_when_gathered()
+            case ev.RoundCloses():
+                self.state.phase, self.state.closes = Phase.CLOSING, True
+            case ev.RoundReopened():
+                self._reopened(event)
         self._forget_who_left()
         self._dispatch()
         return self._out
@@ -73,7 +80,8 @@ class Scheduler:
             return
         state = self.state
         state.members[event.session] = Member(event.session, event.name, applied=event.applied)
-        here = f" ({len(state.active)} of {state.cohort} edges)" if state.phase is Phase.GATHERING else ""
+        gathered = len(state.active) + state.elsewhere
+        here = f" ({gathered} of {state.cohort} edges)" if state.phase is Phase.GATHERING else ""
         self._note(f"{event.name} joined{here}")
         self._begin_when_gathered()
 
@@ -147,7 +155,7 @@ class Scheduler:
 
     def _begin_when_gathered(self) -> None:
         state = self.state
-        if state.phase is Phase.GATHERING and len(state.active) >= state.cohort:
+        if state.phase is Phase.GATHERING and state.active and len(state.active) + state.elsewhere >= state.cohort:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
 
     def _when_nobody_is_active(self) -> None:
@@ -341,9 +349,10 @@ class Scheduler:
         state.busy = False
         state.version = event.version
         state.round += 1
-        state.round_step = 0
+        state.round_step, state.closes = 0, False
         over = bool(state.rounds) and state.round >= state.rounds
-        self._note(f"round {state.round} published as adapter version {state.version}")
+        if not state.joint:
+            self._note(f"round {state.round} published as adapter version {state.version}")
         for member in state.members.values():
             member.upload, member.contributes = None, False
         state.phase = Phase.OVER if over else Phase.FORWARD
@@ -353,6 +362,16 @@ class Scheduler:
         else:
             self._begin_round()
             self._when_nobody_is_active()
+
+    def _reopened(self, event: ev.RoundReopened) -> None:
+        state = self.state
+        state.closes = False
+        if event.steps and state.phase is Phase.CLOSING:
+            state.phase = Phase.FORWARD
+            for session, request, _ in state.awaiting:
+                if session in state.members and state.members[session].active:
+                    self._refuse(session, request, ErrorCode.BEHIND, "this round is not closing yet: go on")
+            state.awaiting = [item for item in state.awaiting if item[0] not in {m.session for m in state.active}]
 
     def _begin_round(self) -> None:
         """A forward that waited for the publication was made with the adapter before it: it is asked for anew."""
@@ -367,7 +386,8 @@ class Scheduler:
                 self._refuse(member.session, member.smashed[0], ErrorCode.TRAINING_OVER, "no more rounds")
                 member.smashed = None
         self._answer_awaiting(self.state.round)
-        self._note("training is over: serving generation")
+        if not self.state.joint:
+            self._note("training is over: serving generation")
 
     def _answer_awaiting(self, last: int) -> None:
         """Answer those who wait for round `last` or an earlier one."""

@@ -153,6 +153,28 @@ class CheckpointDue:
     """The last checkpoint is old enough: write one before the next joined forward."""
 
 
+@dataclass(frozen=True)
+class OthersChanged:
+    """So many members are active in the other groups; a cohort that was too small may be whole now."""
+
+    active: int
+
+
+@dataclass(frozen=True)
+class RoundCloses:
+    """All groups are ready: this one closes the open round with them."""
+
+
+@dataclass(frozen=True)
+class RoundReopened:
+    """The round does not close yet after all: another group takes steps again.
+
+    `steps`: edges have come over from a group that is no more, and take the rest of theirs here.
+    """
+
+    steps: bool = False
+
+
 Event = (
     EdgeJoined
     | EdgeRestarted
@@ -172,4 +194,7 @@ Event = (
     | RoundPublished
     | HousekeepingDone
     | CheckpointDue
+    | OthersChanged
+    | RoundCloses
+    | RoundReopened
 )

@@ -58,10 +58,15 @@ def _backward(state: State) -> act.RunBackward | None:
 
 
 def _close(state: State) -> act.CloseRound | None:
-    wanted = sorted((m for m in state.members.values() if m.contributes), key=lambda m: (m.name, m.session))
-    if any(m.upload is None for m in wanted):
+    if not round_is_ready(state) or (state.joint and not state.closes):
         return None
+    wanted = sorted((m for m in state.members.values() if m.contributes), key=lambda m: (m.name, m.session))
     return act.CloseRound(state.round, state.version + 1, tuple(m.upload for m in wanted))
+
+
+def round_is_ready(state: State) -> bool:
+    """Whether every adapter that is wanted for the round that closes is here."""
+    return all(m.upload is not None for m in state.members.values() if m.contributes)
 
 
 def _joined(state: State) -> list[Member]:

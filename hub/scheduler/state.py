@@ -117,6 +117,12 @@ class State:
     checkpoint_due: bool = False
     #: no new work is begun
     stopping: bool = False
+    #: one of several groups of edges, each with a replica of B: it closes a round only together with the others
+    joint: bool = False
+    #: the other groups are ready too, so the open round may close
+    closes: bool = False
+    #: active members of the other groups; all of a cohort if one of these trains already
+    elsewhere: int = 0
 
     @property
     def active(self) -> list[Member]:

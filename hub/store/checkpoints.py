@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Checkpoint:
     optimizer: Mapping[str, torch.Tensor]
     extra: Mapping[str, Any] = field(default_factory=dict)
     blobs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    #: the same of the other replicas of B, in the same round; each is whole in itself, and may be of another moment
+    others: tuple[Checkpoint, ...] = ()
 
 
 class CheckpointStore:
@@ -95,14 +97,12 @@ def _note(checkpoint: Checkpoint) -> dict[str, Any]:
 def _write(path: Path, checkpoint: Checkpoint) -> None:
     from safetensors.torch import save_file
 
-    tensors = {_ADAPTER + name: value.float() for name, value in checkpoint.adapter.items()}
-    tensors.update({_OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()})
-    tensors.update({_BLOB + name: value for name, value in checkpoint.blobs.items()})
-    facts = _note(checkpoint) | {
-        "format": _FORMAT,
-        "applied": dict(checkpoint.applied),
-        "extra": dict(checkpoint.extra),
-    }
+    tensors = _tensors(checkpoint)
+    for number, other in enumerate(checkpoint.others, 1):
+        tensors.update({f"{number}/{name}": value for name, value in _tensors(other).items()})
+    facts: dict[str, Any] = {"format": _FORMAT, **_facts(checkpoint)}
+    if checkpoint.others:
+        facts["others"] = [_facts(other) for other in checkpoint.others]
     save_file(plain(tensors), path, metadata={"fedsea": json.dumps(facts)})
 
 
@@ -111,11 +111,29 @@ def _read(path: Path) -> Checkpoint:
         facts = json.loads(file.metadata()["fedsea"])
         if facts.pop("format") != _FORMAT:
             raise ValueError("it was written by another version of FedSEA")
-        names = list(file.keys())
-        adapter = {n.removeprefix(_ADAPTER): file.get_tensor(n) for n in names if n.startswith(_ADAPTER)}
-        optimizer = {n.removeprefix(_OPTIMIZER): file.get_tensor(n) for n in names if n.startswith(_OPTIMIZER)}
-        blobs = {n.removeprefix(_BLOB): file.get_tensor(n) for n in names if n.startswith(_BLOB)}
-    return Checkpoint(adapter=adapter, optimizer=optimizer, blobs=blobs, **facts)
+        others = [_part(file, f"{number}/", part) for number, part in enumerate(facts.pop("others", []), 1)]
+        return replace(_part(file, "", facts), others=tuple(others))
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    tensors = {_ADAPTER + name: value.float() for name, value in checkpoint.adapter.items()}
+    tensors.update({_OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()})
+    tensors.update({_BLOB + name: value for name, value in checkpoint.blobs.items()})
+    return tensors
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return _note(checkpoint) | {"applied": dict(checkpoint.applied), "extra": dict(checkpoint.extra)}
+
+
+def _part(file: Any, place: str, facts: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of one replica, whose tensors have names that begin with `place`."""
+
+    def under(kind: str) -> dict[str, torch.Tensor]:
+        begin = place + kind
+        return {n.removeprefix(begin): file.get_tensor(n) for n in file.keys() if n.startswith(begin)}  # noqa: SIM118
+
+    return Checkpoint(adapter=under(_ADAPTER), optimizer=under(_OPTIMIZER), blobs=under(_BLOB), **facts)
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hub.credits import Credits
+from hub.groups import Group, Groups
 from hub.jobs import Place
 from hub.ledger import Ledger
 from hub.scheduler import Scheduler
@@ -25,7 +26,8 @@ def test_a_step_that_ends_after_its_edge_took_another_seat_is_not_taken_again() 
     session = Session(17, 7, "key", "ward", True, (2, 1), Place(2, 3), None, Replies(), 0.0, applied=4)
     sessions.add(session)
     unused: Any = None
-    seating = Seating(sessions, state, unused, unused, unused, ledger, unused, unused, unused, 60.0, clock=lambda: 0.0)
+    groups = Groups([Group(0, Scheduler(state), unused, 0.0)], unused)
+    seating = Seating(sessions, groups, unused, unused, unused, ledger, unused, 60.0, clock=lambda: 0.0)
     seating.catch_up()
     assert session.applied == 5
     (refusal,) = Scheduler(state).handle(ev.SmashedReceived(7, 1, 4, "the same step"))

@@ -29,7 +29,7 @@ class Scene:
         self.state = cohort()
 
     def look(self, *sessions: Any) -> None:
-        self.watch.look(sessions, self.state, self.figures.overdue_s)
+        self.watch.look(sessions, [self.state], self.figures.overdue_s)
 
 
 def cohort() -> State:

@@ -1,0 +1,132 @@
+"""Ray, which starts the replicas' processes here or on other machines; imported only when somebody asks for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from typing import Any
+
+import psutil
+
+from blocks.device import pick_device
+from hub.replicas.actor import Plan, Replica
+from hub.replicas.errors import ReplicaLost
+from messaging.errors import InputError
+
+#: Loading a model takes as long as its disk does; finding room for a process does not.
+_START_S, _ROOM_S, _LOOK_S = 900.0, 30.0, 0.5
+_STORE_BYTES = 1 << 30
+
+
+class Cluster:
+    """A Ray cluster: the one at `address`, or one of this machine alone that ends with this object."""
+
+    def __init__(self, address: str | None) -> None:
+        self._ray = _import_ray()
+        self._folder: str | None = None
+        try:
+            if address is None:
+                self._begin_here()
+            else:
+                self._ray.init(address=address, **_QUIET, job_config=self._paths())
+        except Exception as error:  # Ray raises what its parts do
+            self.close()
+            where = f"no Ray cluster answers at {address}: start one with `ray start --head`" if address else "Ray"
+            raise InputError(f"{where} ({' '.join(str(error).split())[:300]})") from error
+
+    def _begin_here(self) -> None:
+        # Its sockets' paths have to be short, so not in the hub's state. It is gone when the hub is.
+        self._folder = tempfile.mkdtemp(prefix="fedsea-")
+        # Ray reads these from the environment alone: no report to its makers, and a token that is on no disk.
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        self._ray.init(
+            include_dashboard=False,
+            object_store_memory=min(_STORE_BYTES, max(psutil.virtual_memory().available // 8, 80 << 20)),
+            _temp_dir=self._folder,
+            _node_ip_address="127.0.0.1",
+            job_config=self._paths(),
+            **_QUIET,
+        )
+
+    def _paths(self) -> Any:
+        """The replicas' processes find the hub's code where this process does."""
+        return self._ray.job_config.JobConfig(_py_driver_sys_path=[path for path in sys.path if path])
+
+    def device(self, wanted: str, replicas: int) -> str:
+        """What each replica computes on, `cpu` or `cuda`. InputError if there are fewer GPUs than replicas."""
+        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        if wanted == "auto":
+            return "cuda" if gpus >= replicas else "cpu"
+        kind = wanted.partition(":")[0]
+        if kind == "cuda" and gpus < replicas:
+            raise InputError(f"--replicas {replicas} on --device {wanted}: the Ray cluster has {gpus} GPUs")
+        return pick_device(wanted).type if kind != "cuda" else "cuda"
+
+    def share(self, replicas: int) -> int:
+        """How many replicas a machine has."""
+        nodes = sum(1 for node in self._ray.nodes() if node["Alive"])
+        return math.ceil(replicas / max(nodes, 1))
+
+    def start(self, plan: Plan, name: str) -> tuple[Any, str]:
+        """A process for a replica, and where it is. ReplicaLost if none can be had, InputError if it cannot work."""
+        needs = {"num_cpus": 1, "num_gpus": 1 if plan.device == "cuda" else 0}
+        self._wait_for_room(needs, name)
+        actor = self._ray.remote(Replica).options(**needs, max_restarts=0, scheduling_strategy="SPREAD").remote(plan)
+        try:
+            trouble, host, process = self.ask(actor.begin.remote(), name, _START_S)
+        except ReplicaLost:
+            self.end(actor)
+            raise
+        if trouble is not None:
+            self.end(actor)
+            raise InputError(f"{name}: {trouble}")
+        return actor, f"{host}, process {process}"
+
+    def _wait_for_room(self, needs: dict[str, int], name: str) -> None:
+        deadline = time.monotonic() + _ROOM_S
+        while True:
+            free = self._ray.available_resources()
+            if free.get("CPU", 0) >= needs["num_cpus"] and free.get("GPU", 0) >= needs["num_gpus"]:
+                return
+            if time.monotonic() > deadline:
+                raise ReplicaLost(f"the Ray cluster has no room for {name}, which needs a core and its device")
+            time.sleep(_LOOK_S)
+
+    def ask(self, answer: Any, name: str, timeout_s: float | None = None) -> Any:
+        """Wait for an answer. ReplicaLost if who was asked is gone; what it died of itself is raised as it is."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(answer, timeout=timeout_s)
+        except errors.RayTaskError:
+            raise
+        except errors.RayError as error:
+            raise ReplicaLost(f"{name} is gone ({type(error).__name__})") from error
+
+    def end(self, actor: Any) -> None:
+        """End a replica's process, if it still runs."""
+        self._ray.kill(actor)
+
+    def close(self) -> None:
+        """Let go of the cluster; one of this machine alone ends with all of its processes."""
+        self._ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+_QUIET: dict[str, Any] = {"configure_logging": False, "log_to_driver": False, "logging_level": "CRITICAL"}
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+        import ray.job_config
+    except ImportError as error:
+        raise InputError("--replicas needs Ray, which is not installed: pip install 'fedsea[cluster]'") from error
+    return ray
