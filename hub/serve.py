@@ -122,7 +122,8 @@ class Hub:
         if found is not self._written:
             self._written = found
             # As `asdict`, which copies every value of every edge and takes thirty times as long.
-            self.state.write_status({**vars(snapshot), "edges": [vars(row) for row in snapshot.edges]})
+            rows = {"edges": [vars(row) for row in snapshot.edges], "replicas": [vars(r) for r in snapshot.replicas]}
+            self.state.write_status({**vars(snapshot), **rows})
         return snapshot
 
 

@@ -44,6 +44,7 @@ class Cluster:
         self._folder = tempfile.mkdtemp(prefix="fedsea-")
         # Ray reads these from the environment alone: no report to its makers, and a token that is on no disk.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         self._ray.init(
             include_dashboard=False,

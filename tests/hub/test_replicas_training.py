@@ -1,0 +1,93 @@
+"""Two edges in two groups, each with a replica of B; whatever dies, a round publishes the average of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.sites import write_notes
+from tests.support.stand_in import without_ray
+from tools.programs import Hub, Process, Programs, free_ports
+
+NAMES = ("clinic", "lawfirm")
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What an edge and a hub of its own make of a round: the published adapter, and the target tokens in it."""
+
+    adapter: dict[str, torch.Tensor]
+    tokens: int
+
+
+@pytest.fixture(scope="module")
+def alone(module_programs: Programs) -> list[Alone]:
+    found = []
+    for name in NAMES:
+        hub = module_programs.serve(*options(1), state=module_programs.folder / f"hub-{name}")
+        process = train(module_programs, hub, name)
+        assert process.wait().code == 0, str(process)
+        hub.process.kill()
+        report = json.loads((module_programs.folder / name / "report.json").read_text())
+        found.append(Alone(published(hub), report["target_tokens"]))
+    return found
+
+
+def options(cohort: int, *more: object) -> list[object]:
+    return ["--cohort", cohort, "--rounds", 1, "--round-steps", STEPS, "--lr", 5e-3, *more]
+
+
+def train(programs: Programs, hub: Hub, name: str) -> Process:
+    return programs.edge(hub, name, write_notes(programs.folder, name, 1, 12))
+
+
+def published(hub: Hub) -> dict[str, torch.Tensor]:
+    return load_file(hub.state / "adapters" / "v1.safetensors")
+
+
+def average(alone: list[Alone]) -> dict[str, torch.Tensor]:
+    """Token-weighted, by hand."""
+    total = sum(one.tokens for one in alone)
+    first, second = alone
+    assert first.tokens != second.tokens
+    return {
+        name: value * (first.tokens / total) + second.adapter[name] * (second.tokens / total)
+        for name, value in first.adapter.items()
+    }
+
+
+def assert_is_average(hub: Hub, alone: list[Alone]) -> None:
+    mine, wanted = published(hub), average(alone)
+    assert mine.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(mine[name], value), name
+
+
+def finish(*edges: Process) -> None:
+    for process in edges:
+        done = process.wait()
+        assert done.code == 0, str(process)
+        assert "is lost" not in done.out, str(process)
+
+
+def test_replicas_that_die_leave_the_average_as_it_is(programs: Programs, alone: list[Alone]) -> None:
+    """One after a step whose answer nobody hears; the other as it gives what it has, and as it takes the average."""
+    dies = "replica 2#1:step_backward:5:after,replica 1#1:standing:3:before,replica 1#2:begin_round:1:after"
+    hub = programs.serve(
+        *options(2, "--replicas", 2, "--checkpoint-every", 0.1), prepare=without_ray, env={"DIES": dies}
+    )
+    edges = [train(programs, hub, name) for name in NAMES]
+    finish(*edges)
+    assert_is_average(hub, alone)
+    log = hub.process.out
+    assert log.count("starting it again") == 3, log
+    done = hub.process.end(signal.SIGTERM)
+    assert done.code == 0, str(hub.process)
