@@ -27,6 +27,12 @@ class Cluster:
     """A Ray cluster: the one at `address`, or one of this machine alone that ends with this object."""
 
     def __init__(self, address: str | None) -> None:
+        if address is None:
+            # Ray reads these from the environment alone, when it is imported: no report to its makers, and a token
+            # that is on no disk.
+            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         self._ray = _import_ray()
         self._folder: str | None = None
         try:
@@ -42,15 +48,14 @@ class Cluster:
     def _begin_here(self) -> None:
         # Its sockets' paths have to be short, so not in the hub's state. It is gone when the hub is.
         self._folder = tempfile.mkdtemp(prefix="fedsea-")
-        # Ray reads these from the environment alone: no report to its makers, and a token that is on no disk.
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         self._ray.init(
             include_dashboard=False,
             object_store_memory=min(_STORE_BYTES, max(psutil.virtual_memory().available // 8, 80 << 20)),
             _temp_dir=self._folder,
             _node_ip_address="127.0.0.1",
+            # Memory here is the kernel's business, as it is for a hub without replicas: Ray's own watch would end
+            # replicas because something else on this machine has grown.
+            _system_config={"memory_monitor_refresh_ms": 0},
             job_config=self._paths(),
             **_QUIET,
         )

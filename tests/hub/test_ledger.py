@@ -7,12 +7,12 @@ import pytest
 from blocks.layout import Layout
 from hub.credits import Credits
 from hub.jobs import Place, StepItem
+from hub.keeper import CheckpointWritten
 from hub.ledger import Ledger
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State
 from hub.sessions import Session, Sessions
-from hub.keeper import CheckpointWritten
 from messaging.errors import NotFinite
 from messaging.messages import Tensor
 from messaging.replies import Replies

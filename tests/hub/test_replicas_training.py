@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,7 +77,28 @@ def finish(*edges: Process) -> None:
     for process in edges:
         done = process.wait()
         assert done.code == 0, str(process)
-        assert "is lost" not in done.out, str(process)
+        assert "learned since then is lost" not in done.out, str(process)
+
+
+@pytest.mark.slow
+def test_a_replica_of_ray_that_is_killed_is_started_again(programs: Programs, alone: list[Alone]) -> None:
+    begin = time.monotonic()
+    hub = programs.serve(*options(2, "--replicas", 2, "--checkpoint-every", 0.1), env={"TMPDIR": "/tmp"})
+    processes = [int(found) for found in re.findall(r"replica \d runs on .*, process (\d+)", hub.process.out)]
+    assert len(processes) == 2
+    edges = [train(programs, hub, name) for name in NAMES]
+    hub.process.until_says("(2 of 2 edges)")
+    os.kill(processes[1], signal.SIGKILL)
+    finish(*edges)
+    assert_is_average(hub, alone)
+    assert "replica 2 is gone" in hub.process.out, str(hub.process)
+    assert "replica 2 is back at step" in hub.process.out, str(hub.process)
+    hub.until(lambda live: [row["training"] for row in live["replicas"]] == [0, 0], "a status with both replicas")
+    ours = [child.pid for child in psutil.Process(hub.process.pid).children(recursive=True)]
+    assert hub.process.end(signal.SIGTERM).code == 0, str(hub.process)
+    _, left = psutil.wait_procs([psutil.Process(pid) for pid in ours if psutil.pid_exists(pid)], timeout=10)
+    assert not left
+    print(time.monotonic() - begin)
 
 
 def test_replicas_that_die_leave_the_average_as_it_is(programs: Programs, alone: list[Alone]) -> None:
@@ -91,3 +114,38 @@ def test_replicas_that_die_leave_the_average_as_it_is(programs: Programs, alone:
     assert log.count("starting it again") == 3, log
     done = hub.process.end(signal.SIGTERM)
     assert done.code == 0, str(hub.process)
+
+
+def test_a_hub_that_is_killed_goes_on_with_both_replicas(programs: Programs, alone: list[Alone]) -> None:
+    at = free_ports()
+    serve = [*options(2, "--replicas", 2, "--checkpoint-every", 0.1), *at]
+    first = programs.serve(*serve, prepare=without_ray, env={"HUB_DIES": "replica 1#1:step_backward:6:after"})
+    edges = [train(programs, first, name) for name in NAMES]
+    first.process.wait()
+    second = programs.serve(*serve, prepare=without_ray)
+    assert "going on from the checkpoint" in second.process.out
+    finish(*edges)
+    assert_is_average(second, alone)
+
+
+def test_edges_of_a_replica_that_cannot_be_started_again_move(programs: Programs, alone: list[Alone]) -> None:
+    """What it had trained when its group saved last counts with its tokens."""
+    env = {"DIES": "replica 2#1:step_backward:6:after", "REFUSES": "replica 2"}
+    hub = programs.serve(*options(2, "--replicas", 2, "--checkpoint-every", 0.1), prepare=without_ray, env=env)
+    edges = [train(programs, hub, name) for name in NAMES]
+    finish(*edges)
+    log = hub.process.out
+    assert "it cannot be started again. Edges moved: 1 to replica 1" in log, log
+    assert published(hub).keys() == alone[0].adapter.keys()
+
+
+def test_a_hub_with_fewer_replicas_takes_over_what_the_others_trained(programs: Programs, alone: list[Alone]) -> None:
+    at = free_ports()
+    serve = [*options(2, "--checkpoint-every", 0.1), *at]
+    env = {"HUB_DIES": "replica 2#1:step_backward:6:after"}
+    first = programs.serve(*serve, "--replicas", 2, prepare=without_ray, env=env)
+    edges = [train(programs, first, name) for name in NAMES]
+    first.process.wait()
+    second = programs.serve(*serve)
+    finish(*edges)
+    assert published(second).keys() == alone[0].adapter.keys()

@@ -82,5 +82,3 @@ class StandIn:
 def without_ray() -> None:
     """For `Programs.serve(prepare=...)`."""
     hub.replicas.assembly.Cluster = StandIn  # type: ignore[assignment,misc]
-
-
