@@ -105,7 +105,7 @@ def test_an_edge_with_two_forwards_under_way_cannot_be_recorded() -> None:
 def test_edges_in_turn_take_a_step_of_the_hub_each_and_joined_ones_share_one(
     programs: Programs, model: Path, tmp_path: Path
 ) -> None:
-    hub = programs.serve("--model", model, "--round-steps", 100)
+    hub = programs.serve("--model", model, "--round-steps", 10)
     crowd = Crowd(hub.join, tmp_path, 3, Recording((a_step(0), a_step(1)), 0.03, 0.02), link_s=0.04)
     try:
         # Edge and link are waits: 0.05 s, and the link twice.
@@ -115,15 +115,7 @@ def test_edges_in_turn_take_a_step_of_the_hub_each_and_joined_ones_share_one(
         hub.until(lambda live: live["hub_step"] == 8, "joined steps")
         assert [one.step for one in crowd.edges] == [4, 4, 4]
         assert crowd.joined(1, steps=1) >= 0.13
-        hub.until(lambda live: live["hub_step"] == 9, "a step of the one that is there")
-    finally:
-        crowd.close()
-
-
-def test_a_round_that_ends_is_told(programs: Programs, model: Path, tmp_path: Path) -> None:
-    hub = programs.serve("--model", model, "--round-steps", 1)
-    crowd = Crowd(hub.join, tmp_path, 1, Recording((a_step(0),), 0.0, 0.0), link_s=0.0)
-    try:
+        # Nothing is uploaded, so no round may end.
         with pytest.raises(RuntimeError, match="--round-steps"):
             crowd.joined(1, steps=1)
     finally:
