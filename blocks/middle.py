@@ -27,7 +27,8 @@ class Flow:
     """One run through B: where every row enters and leaves, and the states on their way.
 
     enters, leaves: absolute layer per row. `rows` are the rows inside the loop now, in order; `hidden` their
-    states [len(rows), width, hidden]; `out[i]` the states of row i after it left.
+    states [len(rows), width, hidden]; `out[i]` the states of row i after it left, or `whole` those of all rows,
+    where all left together.
     """
 
     states: torch.Tensor
@@ -36,6 +37,7 @@ class Flow:
     rows: list[int] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     out: list[torch.Tensor | None] = field(default_factory=list)
+    whole: torch.Tensor | None = None
     #: told which rows are inside before each layer (a cache with rows of its own); None where nobody asks
     on_rows: Callable[[list[int]], None] | None = None
 
@@ -72,6 +74,10 @@ class Flow:
                 if row in gone:
                     self.out[row] = hidden[i]
             self.rows, self.hidden = [self.rows[i] for i in stay], hidden[stay]
+        elif len(gone) == len(self.out):
+            # Not row by row: the backward of that makes a gradient of the whole batch for each of its rows.
+            self.whole = hidden
+            self.rows, self.hidden = [], None
         elif gone:
             for i, row in enumerate(self.rows):
                 self.out[row] = hidden[i]
@@ -194,6 +200,8 @@ class MiddleBlocks:
             self._runner(**{key: value for key, value in arguments.items() if key in self._parameters})
         finally:
             CURRENT.reset(token)
+        if flow.whole is not None:
+            return flow.whole
         out = [row for row in flow.out if row is not None]
         assert len(out) == len(enters), "a row never left Blocks B"
         return torch.stack(out)

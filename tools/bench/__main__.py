@@ -2,6 +2,7 @@
 
     python -m tools.bench [--json FILE] [--rows GROUP,...] [--quick]
 
+`make bench JSON=FILE` runs all groups; `--rows training` runs that one alone, and says how long it took.
 Every figure is taken in one run against the unsplit model: medians of interleaved repetitions, one thread a
 process, the hub on one core and the edges (or the unsplit model) on another, CURVE, noise and the live view on.
 Exits 0 when the table is whole, whatever its figures; 1 when a row is missing. Linux only.
@@ -13,12 +14,14 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from messaging.console.figures import duration
 from tools.table import Table
 
 
@@ -56,11 +59,13 @@ def _run(chosen: Sequence[str], table: Table, console: Console, quick: bool) -> 
     with tempfile.TemporaryDirectory(prefix="fedsea-bench-") as folder:
         bench = Bench(Models(Path(folder) / "models"), Path(folder), console, quick)
         for name in chosen:
+            started = time.monotonic()
             try:
                 table.add(*GROUPS[name][0](bench))
             except Exception:
                 console.print(f"[red]{name} failed:[/]")
                 traceback.print_exc()
+            console.print(f"{name}: {duration(time.monotonic() - started)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,47 @@ def curves(**arguments: Any) -> dict[str, list[float]]:
     return training.curves(**arguments)
 
 
+def record(**arguments: Any) -> dict[str, float]:
+    """Record a training edge; see replay.py."""
+    from tools.bench import replay
+
+    return replay.record(**arguments)
+
+
+def gather(**arguments: Any) -> None:
+    """Make replayed edges; see replay.py."""
+    from tools.bench import replay
+
+    _held["crowd"] = replay.gather(**arguments)
+
+
+def in_turn(steps: int) -> list[float]:
+    """Seconds of each replayed edge, one after the other."""
+    return _held["crowd"].in_turn(steps)  # type: ignore[no-any-return]
+
+
+def joined(count: int, steps: int) -> float:
+    """Seconds of so many replayed edges at once."""
+    return float(_held["crowd"].joined(count, steps))
+
+
+def disperse() -> None:
+    """End the replayed edges."""
+    _held.pop("crowd").close()
+
+
+def load_hub_part(**arguments: Any) -> None:
+    """Make an engine; see hub_part.py."""
+    from tools.bench import hub_part
+
+    _held["hub_part"] = hub_part.load(**arguments)
+
+
+def hub_part_step(count: int) -> float:
+    """Seconds of a joined step of the engine alone."""
+    return float(_held["hub_part"].step(count))
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -140,5 +181,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
     )
 }  # fmt: skip

@@ -76,7 +76,7 @@ def compare_steps(join: str, state: str, model: str, data: str, repeats: int) ->
     unsplit = Unsplit(model)
     clock = _StepClock(unsplit, warm=2)
     with _patched_source(clock):
-        run_edge(_options(join, state, model, data, None, batch=4, seq=128, noise=0.02, steps=repeats + 3))
+        train(join, state, model, data, repeats + 3)
     return {"split": clock.split, "unsplit": clock.unsplit}
 
 
@@ -116,6 +116,11 @@ def _patched_source(clock: _StepClock) -> Iterator[None]:
         yield
     finally:
         edge.join.BatchSource = BatchSource  # type: ignore[misc]
+
+
+def train(join: str, state: str, model: str, data: str, steps: int) -> None:
+    """So many steps of 4 x 128 by `edge join`, live view on."""
+    run_edge(_options(join, state, model, data, None, batch=4, seq=128, noise=0.02, steps=steps))
 
 
 def run_edge(options: JoinOptions) -> None:
