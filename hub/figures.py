@@ -6,7 +6,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hub.groups import Group
 from hub.monitor import EdgeRow, HubSnapshot, ReplicaRow
+from hub.monitor.snapshot import GONE, STARTING_AGAIN
 from hub.replicas.remote import RemoteEngine
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
@@ -123,12 +125,11 @@ def _replicas(server: Server) -> tuple[ReplicaRow, ...]:
         engine, mine = group.worker.engine, [s for s in server._sessions if s.group == group.number]
         if not isinstance(engine, RemoteEngine):
             continue
-        state = "gone" if group.gone else "starting again" if group.down else _phase_text(group.state.phase, 0, 0)
         rows.append(
             ReplicaRow(
                 name=engine.name,
                 where=engine.where,
-                state="waiting for edges" if group.state.phase is Phase.GATHERING and not group.down else state,
+                state=_replica_state(group),
                 training=sum(s.train for s in mine),
                 generating=sum(not s.train for s in mine),
                 hub_step=group.state.hub_step,
@@ -137,6 +138,12 @@ def _replicas(server: Server) -> tuple[ReplicaRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def _replica_state(group: Group) -> str:
+    if group.gone or group.down:
+        return GONE if group.gone else STARTING_AGAIN
+    return "waiting" if group.state.phase is Phase.GATHERING else _phase_text(group.state.phase, 0, 0)
 
 
 def _phase_text(phase: Phase, joined: int, cohort: int) -> str:

@@ -26,6 +26,9 @@ class EdgeRow:
     silent_s: float = 0.0
 
 
+STARTING_AGAIN, GONE = "starting again", "gone"
+
+
 @dataclass(frozen=True)
 class ReplicaRow:
     """One replica of B: its process, the sessions of its edges, its optimizer steps in all and in this round."""
@@ -38,6 +41,11 @@ class ReplicaRow:
     hub_step: int
     round_step: int
     streams: int
+
+    @property
+    def troubled(self) -> bool:
+        """Whether its process is not there."""
+        return self.state in (STARTING_AGAIN, GONE)
 
 
 @dataclass(frozen=True)

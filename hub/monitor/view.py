@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from hub.monitor.snapshot import EdgeRow, HubSnapshot, plain_line, progress, total_tokens_per_s
+from hub.monitor.snapshot import EdgeRow, HubSnapshot, ReplicaRow, plain_line, progress, total_tokens_per_s
 from messaging.console.figures import (
     UNKNOWN,
     byte_rate,
@@ -48,6 +48,7 @@ _TIGHT, _FULL = 0.75, 0.95
 #: Lines kept for the log, its divider among them, however many edges there are; but these come first on a tiny screen.
 _LOG_LINES = 4
 _EDGE_LINES = 4
+_REPLICA_LINES = 9
 
 
 def render(snapshot: HubSnapshot, width: int, height: int) -> Text:
@@ -60,6 +61,10 @@ def render(snapshot: HubSnapshot, width: int, height: int) -> Text:
         Section(_place(snapshot, inner)),
         Section([*_round(snapshot, inner), *_load(snapshot, inner), *_network(snapshot, inner)], "work"),
     ]
+    room = rows_left(height, sections) - _EDGE_LINES - 1
+    if snapshot.replicas and room > 1:
+        lines = _replicas(snapshot.replicas, inner, min(room, _REPLICA_LINES))
+        sections.append(Section(lines, f"replicas {len(snapshot.replicas)}"))
     free = rows_left(height, sections)
     room = max(free - _LOG_LINES, min(free, _EDGE_LINES))
     sections.append(Section(_edges(snapshot.edges, inner, room), f"edges {len(snapshot.edges)}"))
@@ -117,6 +122,38 @@ def _network(snapshot: HubSnapshot, width: int) -> list[Text]:
         piece("out", f"{human_bytes(snapshot.bytes_out):>8} {byte_rate(snapshot.bytes_out_per_s):>10}"),
     ]
     return row("network", pieces, width)
+
+
+#: What is told of a replica, the most important first; as many as there is room for.
+_REPLICA_FIGURES: tuple[tuple[Column, Callable[[ReplicaRow], Text]], ...] = (
+    (Column("replica", 10, words=True), lambda replica: Text(replica.name, STRONG)),
+    (Column("state", 17, words=True), lambda replica: Text(replica.state, _replica_style(replica))),
+    (Column("train", 5), lambda replica: Text(f"{replica.training}")),
+    (Column("generate", 8), lambda replica: Text(f"{replica.generating}")),
+    (Column("steps", 7), lambda replica: Text(f"{replica.hub_step:,}")),
+    (Column("where", 32, words=True), lambda replica: Text(replica.where)),
+)
+
+
+def _replica_style(replica: ReplicaRow) -> str:
+    return BAD if replica.troubled else phase_style(replica.state)
+
+
+def _replicas(replicas: tuple[ReplicaRow, ...], width: int, lines: int) -> list[Text]:
+    """A line for each replica, in at most `lines`; those in trouble come first where not all fit."""
+    shown = list(replicas)
+    if len(replicas) > lines - 1:
+        shown = sorted(replicas, key=lambda replica: not replica.troubled)[: max(0, lines - 2)]
+    figures, room = [], width
+    for column, text in _REPLICA_FIGURES:
+        room -= column.width + 2
+        if room < -2:
+            break
+        figures.append((column, text))
+    result = table([column for column, _ in figures], [[text(one) for _, text in figures] for one in shown])
+    if len(shown) < len(replicas):
+        result.append(Text(f"and {len(replicas) - len(shown)} more", DIM))
+    return result
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from hub.monitor import VIEW, EdgeRow, HubSnapshot
+from hub.monitor import VIEW, EdgeRow, HubSnapshot, ReplicaRow
 from hub.monitor.snapshot import from_fields
 from messaging.console.dump import read_snapshot, write_snapshot
 
@@ -46,6 +46,13 @@ SNAPSHOT = HubSnapshot(
     bytes_out_per_s=4096,
     log=tuple(f"12:00:{second:02d} line {second}" for second in range(40)),
 )
+REPLICATED = dataclasses.replace(
+    SNAPSHOT,
+    replicas=(
+        *(ReplicaRow(f"replica {n}", f"gpu-{n}, process 4{n}", "training", 3, 1, 517, 13, 2) for n in range(1, 12)),
+        ReplicaRow("replica 12", "gpu-12, process 99", "starting again", 2, 0, 480, 10, 0),
+    ),
+)
 FRESH = HubSnapshot(model="pocket", dtype="float32", phase="waiting for edges 0/2", cohort_size=2)
 
 
@@ -61,7 +68,9 @@ def many(count: int) -> HubSnapshot:
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
-@pytest.mark.parametrize("snapshot", [SNAPSHOT, FRESH, many(50)], ids=["training", "fresh", "many edges"])
+@pytest.mark.parametrize(
+    "snapshot", [SNAPSHOT, FRESH, many(50), REPLICATED], ids=["training", "fresh", "many", "replicas"]
+)
 def test_every_line_fills_the_frame_and_none_sticks_out(snapshot, width):
     assert {cell_len(line) for line in drawn(snapshot, width, 40)} == {min(width, 120)}
 
@@ -134,6 +143,15 @@ def test_an_edges_name_is_neither_markup_nor_an_escape_sequence():
     assert "\x1b" not in text
 
 
+def test_replicas_have_their_lines_and_those_in_trouble_come_first():
+    text = "\n".join(drawn(REPLICATED, 120, 40))
+    assert "replicas 12" in text
+    assert "and 5 more" in text
+    (gone,) = (line for line in text.splitlines() if "replica 12" in line)
+    assert " ".join(gone.strip("│ ").split()) == "replica 12 starting again 2 0 480 gpu-12, process 99"
+    assert "replicas 12" not in "\n".join(drawn(REPLICATED, 80, 12))
+
+
 def test_the_plain_line():
     assert VIEW.plain_line(SNAPSHOT) == (
         "round 2/5  step 13/20  cohort 2/2  644 tokens/s  KV 1.0 GiB  in 3.0 MiB  out 5.0 GiB"
@@ -145,5 +163,5 @@ def test_the_plain_line():
 
 def test_a_snapshot_survives_its_file(tmp_path):
     path = tmp_path / "hub.json"
-    write_snapshot(path, SNAPSHOT)
-    assert from_fields(read_snapshot(path)) == SNAPSHOT
+    write_snapshot(path, REPLICATED)
+    assert from_fields(read_snapshot(path)) == REPLICATED

@@ -54,7 +54,7 @@ def client_batch(bench: Bench) -> list[Row]:
     folder = bench.folder / "client_batch"
     model = bench.models.small if bench.quick else bench.models.standard
     recording = folder / "recording"
-    edge_s = _record(folder / "real", model, recording)
+    edge_s = record(folder / "real", model, recording)
     with running_hub(folder, model, "--round-steps", "100000") as hub, running_workers(folder) as (edges,):
         edges.ask("gather", join=f"@{hub.join_file}", folder=str(folder), recording=str(recording), count=max(PAPER),
                   link_s=LINK_S)  # fmt: skip
@@ -76,7 +76,7 @@ def _turn(edges: Worker, engine: Worker) -> Turn:
     return Turn(alone, joined, {count: engine.ask("hub_part_step", count=count) for count in (1, *PAPER)})
 
 
-def _record(folder: Path, model: Path, out: Path) -> float:
+def record(folder: Path, model: Path, out: Path) -> float:
     """Record a real edge at a hub of its own; its seconds of one step."""
     folder.mkdir(parents=True)
     (folder / "data.txt").write_text("".join(random.Random(0).choices(string.ascii_lowercase + " ", k=128 * 4 * 60)))

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench import client_batch
+from tools.bench import client_batch, replicas
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -235,4 +235,5 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "curve": (curve, (CURVE,)),
     "planner": (planner, _PLANNER_ROWS),
     "client_batch": (client_batch.client_batch, (*client_batch.SPEED.values(), *client_batch.SHARE.values())),
+    "replicas": (replicas.replicas, (replicas.SPEED, replicas.SHARE)),
 }
