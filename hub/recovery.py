@@ -47,12 +47,13 @@ class Recovery:
 
     def died(self, group: Group, event: ReplicaDied) -> None:
         """Take the group back to where it saved last, and have its replica started again."""
-        part, notes = self._keeper.part(group.number), self._notes(group)
+        part = self._keeper.part(group.number)
+        self._ledger.rewind(group.number, self._keeper.applied(), self._keeper.round_tokens())
+        notes = self._notes(group)
         back = f", whose edges go back to its step {part.hub_step}" if notes else ""
         self._journal.log(f"{event.why}: starting it again{back}")
         gathered = group.state.phase is not Phase.GATHERING
         self._end_sessions(group, event.why)
-        self._ledger.rewind(group.number, self._keeper.applied(), self._keeper.round_tokens())
         group.down = True
         group.scheduler = Scheduler(state_at(part, group.state))
         group.state.busy = True
@@ -86,8 +87,7 @@ class Recovery:
             target = self._groups.place(self._sessions, True)
             if not self._groups.merging:
                 self._groups.reopen()
-                self._groups.decide(ev.RoundReopened(steps=True), target)
-            self._seating.restore([note], (), True, target)
+            self._seating.take_in(note, target)
             moved.setdefault(target, []).append(note.key)
         where = ", ".join(f"{len(keys)} to {self._groups[g].name}" for g, keys in sorted(moved.items()))
         self._journal.log(f"{event.why}; it cannot be started again. Edges moved: {where or 'none'}")
@@ -99,7 +99,8 @@ class Recovery:
         notes = {note.key: note for note in saved if self._ledger.home(note.key) == group.number}
         for session in self._sessions:
             if session.train and session.group == group.number and session.seat in group.state.members:
-                notes.setdefault(session.key, MemberNote(session.key, session.partition, False, False))
+                contributes = bool(self._ledger.round_tokens(session.key))
+                notes.setdefault(session.key, MemberNote(session.key, session.partition, contributes, False))
         return list(notes.values())
 
     def _end_sessions(self, group: Group, why: str) -> None:

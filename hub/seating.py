@@ -156,6 +156,11 @@ class Seating:
             self._journal.log(f"waiting for {names} to come back")
         self._groups.settle()
 
+    def take_in(self, note: MemberNote, group: int) -> None:
+        """Seat an edge whose replica is no more in another group, which takes steps again if it is closing a round."""
+        self._groups.decide(ev.RoundReopened(steps=True), group)
+        self.restore([note], (), True, group)
+
     def pinned(self) -> set[int]:
         """Adapter versions that generations use, or may come back for after a restart of this hub."""
         returning = self._groups.served() if self._clock() < self._returning_until else set()

@@ -6,7 +6,6 @@ computed by the worker's thread, files are read and hashed by a helper thread.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -16,6 +15,7 @@ from functools import partial
 
 import messaging.messages as m
 from hub.admission import Admission
+from hub.computing import Computing
 from hub.desk import Desk
 from hub.door import Door
 from hub.engine import Engine
@@ -24,13 +24,13 @@ from hub.filing import Filing
 from hub.groups import Group, Groups
 from hub.guard import Guard
 from hub.jobs import EdgeAdapter
-from hub.keeper import CheckpointWritten, Failure, Keeper, RoundMerged
+from hub.keeper import Keeper
 from hub.ledger import Ledger
 from hub.library import Library
 from hub.lull import Lull
 from hub.monitor import HubSnapshot
 from hub.post import Post, error, refusal
-from hub.recovery import Recovery, ReplicasGone, seats_of
+from hub.recovery import Recovery, seats_of
 from hub.replicas.remote import RemoteEngine
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
@@ -41,7 +41,7 @@ from hub.sessions import Session, Sessions
 from hub.store.checkpoints import Checkpoint
 from hub.store.state import HubState
 from hub.watch import Watch
-from hub.worker import Deposited, ReplicaBack, ReplicaDied, ReplicaGone, Report, Worker
+from hub.worker import Report, Worker
 from messaging.console import Journal
 from messaging.errors import ErrorCode, FedseaError, ForeignSession, HubError, ProtocolError, VersionMismatch
 from messaging.framing import decode
@@ -80,14 +80,12 @@ class Server:
         self._journal = journal
         self._clock = clock
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._keeper = keeper
-        keeper.report = lambda event: self._from_thread(partial(self._on_kept, event))
+        keeper.report = lambda event: self._from_thread(partial(self._computing.kept, event))
         self._post = Post(transport, desk.epoch, desk.credits, clock)
         self._door = Door(state, self._post, journal, check_gate)
         self._filing = Filing(library, desk, journal, self._from_thread)
         self._sessions = Sessions(desk.epoch, desk.credits)
         self._ledger = Ledger(desk.applied, desk.round_tokens, desk.home)
-        self._checkpoint_s = checkpoint_s
         self._groups = Groups([], self._decide)
         for number, (engine, at) in enumerate(zip(engines, states, strict=True)):
             worker = Worker(engine, number, keeper, self._reporter(number))
@@ -95,19 +93,20 @@ class Server:
         self._seating = Seating(
             self._sessions, self._groups, state.access, desk, self._door, self._ledger, journal, grace_s, clock
         )
-        self._recovery = Recovery(
-            self._groups, keeper, self._sessions, self._seating, self._ledger, state.adapters, journal
-        )
         self._admission = Admission(self._post, desk.credits, self._sessions, self._groups.members, self._seating.close)
         self._stopping = threading.Event()
         self._tick_at = clock()
         self._seen_at = clock() + _SEEN_S
-        self._failure: BaseException | None = None
         self._guard = Guard(transport, self._post, state.access, desk, journal)
         self._look_at = self._look_at_sessions = clock()
         self._lull = Lull(clock)
         self._watch = Watch(journal, clock)
         self._figures = Figures(clock, self._watch)
+        recovery = Recovery(self._groups, keeper, self._sessions, self._seating, self._ledger, state.adapters, journal)
+        self._computing = Computing(
+            self._groups, keeper, recovery, self._sessions, self._seating, self._ledger, self._figures, self._filing,
+            desk, journal, checkpoint_s, clock,
+        )  # fmt: skip
         self._snapshot_at = clock()
         self.snapshot: HubSnapshot = self._figures.snapshot(self)
 
@@ -120,8 +119,8 @@ class Server:
             self._main_loop()
         finally:
             self._shutdown()
-        if self._failure is not None:
-            raise self._failure
+        if self._computing.failure is not None:
+            raise self._computing.failure
 
     def stop(self) -> None:
         """Ask `run` to end; for any thread and for signal handlers."""
@@ -129,11 +128,10 @@ class Server:
         self._transport.wake()
 
     def _startup(self) -> None:
-        for group in self._groups:
-            group.worker.start()
+        self._computing.start()
 
     def _main_loop(self) -> None:
-        while not self._stopping.is_set() and self._failure is None:
+        while not self._stopping.is_set() and self._computing.failure is None:
             wait = _PARKED_S if self._post.waiting else max(min(self._tick_at, self._look_at) - self._clock(), 0.0)
             arrivals = self._transport.poll(wait)
             for arrival in arrivals:
@@ -153,12 +151,7 @@ class Server:
 
     def _shutdown(self) -> None:
         """Finish what is being computed, send what is due, write a checkpoint."""
-        for group in self._groups:
-            group.state.stopping = True
-        while self._groups.merging and self._failure is None:
-            self._inbox.get()()
-        for group in self._groups:
-            group.worker.stop()
+        self._computing.stop(lambda: self._inbox.get()())
         while not self._inbox.empty():
             self._inbox.get()()
         deadline = self._clock() + _FLUSH_S
@@ -169,23 +162,10 @@ class Server:
             for request, (route, _) in session.routes.items():
                 self._post.tell(session, route, request, error(ErrorCode.SHUTDOWN, "the hub is stopping"))
         self._filing.close()
-        try:
-            if self._failure is None:
-                self._last_checkpoint()
-        finally:
-            self._keeper.finish()
-
-    def _last_checkpoint(self) -> None:
-        for group in self._groups.running:
-            if not group.down:
-                progress = self._ledger.progress(group.state, self._sessions, group.number, stopping=True)
-                group.worker.leave_to_keeper(progress)
-        self._keeper.write().result()
-        step = sum(group.state.hub_step for group in self._groups)
-        self._journal.log(f"checkpoint written at step {step}; start `hub serve` with the same --state to go on")
+        self._computing.finish()
 
     def _reporter(self, group: int) -> Callable[[Report], None]:
-        return lambda event: self._from_thread(partial(self._on_compute, event, group))
+        return lambda event: self._from_thread(partial(self._computing.done, event, group))
 
     def _from_thread(self, job: Callable[[], None]) -> None:
         """Have the loop run `job`; for other threads."""
@@ -295,7 +275,7 @@ class Server:
                 self._seating.restore(members, answered, gathered, number)
                 continue
             for note in members:
-                self._seating.restore([note], (), gathered, self._groups.place(self._sessions, True))
+                self._seating.take_in(note, self._groups.place(self._sessions, True))
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)
@@ -321,16 +301,8 @@ class Server:
                 case act.AnswerRound():
                     self._answer_round(action)
                 case _:
-                    self._compute(action, group)
+                    self._computing.begin(action, group)
         self._groups.settle()
-
-    def _compute(self, action: act.Compute, group: Group) -> None:
-        if isinstance(action, act.RunForward):
-            self._ledger.begins(action, self._sessions, group.number)
-        elif isinstance(action, act.CloseRound):
-            group.closing = action
-        self._figures.began(action, group.number)
-        group.worker.put(action, self._ledger.progress(group.state, self._sessions, group.number))
 
     def _answer_backward(self, action: act.AnswerBackward) -> None:
         session = self._sessions.find(action.session)
@@ -340,65 +312,6 @@ class Server:
     def _answer_round(self, action: act.AnswerRound) -> None:
         published = m.Published(action.version, action.round, int(action.over))
         self._reply(action.session, action.request, published)
-
-    def _on_compute(self, event: Report, number: int) -> None:
-        group = self._groups[number]
-        if isinstance(event, Failure):
-            self._failure = event.error
-            return
-        self._figures.ended(number)
-        match event:
-            case Deposited():
-                self._deposited(group)
-                return
-            case ReplicaDied():
-                self._recovery.died(group, event)
-                return
-            case ReplicaBack():
-                self._recovery.back(group, event)
-                return
-            case ReplicaGone():
-                self._replica_gone(group, event)
-                return
-            case ev.BackwardDone():
-                self._figures.stepped(event)
-                self._ledger.stepped(event, number)
-                self._seating.catch_up()
-            case ev.RoundPublished():
-                self._groups.published(group)
-        self._decide(event, number)
-
-    def _deposited(self, group: Group) -> None:
-        actions = self._groups.deposited(group)
-        if actions is not None:
-            self._keeper.close_round(actions, self._seating.pinned())
-
-    def _replica_gone(self, group: Group, event: ReplicaGone) -> None:
-        try:
-            self._recovery.gone(group, event)
-        except ReplicasGone as error:
-            self._failure = error
-
-    def _on_kept(self, event: CheckpointWritten | RoundMerged | Failure) -> None:
-        match event:
-            case Failure():
-                self._failure = event.error
-            case CheckpointWritten():
-                self._ledger.written(event)
-                for group in self._groups if event.group is None else [self._groups[event.group]]:
-                    # Where one is due already, none more may become due before that one is on the disk: edges keep
-                    # what fits the two newest that were begun.
-                    if not group.state.checkpoint_due:
-                        group.checkpoint_at = self._clock() + self._checkpoint_s
-            case RoundMerged():
-                self._ledger.published()
-                running, round_ = self._groups.running, self._groups[0].state.round + 1
-                self._filing.run(partial(self._desk.round_over, round_))
-                if len(self._groups) > 1:
-                    text = f"round {round_} published as adapter version {event.version}, of {len(running)} replicas"
-                    self._journal.log(text)
-                for group in running:
-                    group.worker.begin_round(event, self._seating.pinned())
 
     # -- answers ---------------------------------------------------------------------------------------
 
@@ -457,10 +370,7 @@ class Server:
             self._look_at_sessions = now + min(len(self._sessions) * _LOOK_S_PER_SESSION, _LOOK_MOST_S)
             self._seating.look(now)
             self._watch.look(self._sessions, [group.state for group in self._groups], self._figures.overdue_s)
-        for group in self._groups:
-            if now >= group.checkpoint_at:
-                group.checkpoint_at = math.inf
-                self._decide(ev.CheckpointDue(), group.number)
+        self._computing.look(now)
         self._seating.look_at_keys()
         if now >= self._seen_at:
             self._seen_at = now + _SEEN_S

@@ -27,7 +27,7 @@ def compute_place(
     if replicas is None:
         yield None, pick_device(device)
         return
-    with closing(Cluster(address)) as cluster:
+    with closing(Cluster(address, replicas)) as cluster:
         yield cluster, torch.device(cluster.device(device, replicas))
 
 

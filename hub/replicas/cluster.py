@@ -26,7 +26,7 @@ _STORE_BYTES = 1 << 30
 class Cluster:
     """A Ray cluster: the one at `address`, or one of this machine alone that ends with this object."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, replicas: int) -> None:
         if address is None:
             # Ray reads these from the environment alone, when it is imported: no report to its makers, and a token
             # that is on no disk.
@@ -37,7 +37,7 @@ class Cluster:
         self._folder: str | None = None
         try:
             if address is None:
-                self._begin_here()
+                self._begin_here(replicas)
             else:
                 self._ray.init(address=address, **_QUIET, job_config=self._paths())
         except Exception as error:  # Ray raises what its parts do
@@ -45,10 +45,11 @@ class Cluster:
             where = f"no Ray cluster answers at {address}: start one with `ray start --head`" if address else "Ray"
             raise InputError(f"{where} ({' '.join(str(error).split())[:300]})") from error
 
-    def _begin_here(self) -> None:
+    def _begin_here(self, replicas: int) -> None:
         # Its sockets' paths have to be short, so not in the hub's state. It is gone when the hub is.
         self._folder = tempfile.mkdtemp(prefix="fedsea-")
         self._ray.init(
+            num_cpus=replicas,
             include_dashboard=False,
             object_store_memory=min(_STORE_BYTES, max(psutil.virtual_memory().available // 8, 80 << 20)),
             _temp_dir=self._folder,
@@ -65,8 +66,11 @@ class Cluster:
         return self._ray.job_config.JobConfig(_py_driver_sys_path=[path for path in sys.path if path])
 
     def device(self, wanted: str, replicas: int) -> str:
-        """What each replica computes on, `cpu` or `cuda`. InputError if there are fewer GPUs than replicas."""
-        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        """What each replica computes on, `cpu` or `cuda`. InputError if the cluster is too small for all of them."""
+        resources = self._ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+        if cores < replicas:
+            raise InputError(f"--replicas {replicas}: each needs a core, and the Ray cluster has {cores}")
         if wanted == "auto":
             return "cuda" if gpus >= replicas else "cpu"
         kind = wanted.partition(":")[0]
@@ -111,6 +115,8 @@ class Cluster:
             return self._ray.get(answer, timeout=timeout_s)
         except errors.RayTaskError:
             raise
+        except errors.GetTimeoutError as error:
+            raise ReplicaLost(f"{name} did not start within {timeout_s:.0f} s") from error
         except errors.RayError as error:
             raise ReplicaLost(f"{name} is gone ({type(error).__name__})") from error
 

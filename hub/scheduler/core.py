@@ -166,7 +166,8 @@ class Scheduler:
         state = self.state
         if state.active or state.joined or state.phase in (Phase.CLOSING, Phase.OVER):
             return
-        if state.round_step and (state.awaiting or any(member.contributes for member in state.members.values())):
+        begun = state.round_step or state.joint
+        if begun and (state.awaiting or any(member.contributes for member in state.members.values())):
             state.phase = Phase.CLOSING
             return
         self._answer_awaiting(state.round)
@@ -321,7 +322,7 @@ class Scheduler:
 
     def _uploaded(self, event: ev.AdapterUploaded) -> None:
         state, member = self.state, self.state.members.get(event.session)
-        if member is not None and event.round == state.round and state.round_step:
+        if member is not None and event.round == state.round and (state.round_step or state.joint):
             member.upload, member.contributes = event.payload, True
             # An edge that was gone and came to another seat uploads again what it uploaded from the first.
             for other in list(state.members.values()):

@@ -254,4 +254,4 @@ def test_errors_cross_over_as_they_are(error: Any) -> None:
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'fedsea\[cluster\]'"):
-        Cluster("127.0.0.1:1")
+        Cluster("127.0.0.1:1", 2)

@@ -128,10 +128,15 @@ def test_a_hub_that_is_killed_goes_on_with_both_replicas(programs: Programs, alo
     assert_is_average(second, alone)
 
 
-def test_edges_of_a_replica_that_cannot_be_started_again_move(programs: Programs, alone: list[Alone]) -> None:
+@pytest.mark.parametrize(
+    ("dies", "every"), [("step_backward:6:after", 0.1), ("standing:1:before", 60)], ids=["in a step", "closing"]
+)
+def test_edges_of_a_replica_that_cannot_be_started_again_move(
+    programs: Programs, alone: list[Alone], dies: str, every: float
+) -> None:
     """What it had trained when its group saved last counts with its tokens."""
-    env = {"DIES": "replica 2#1:step_backward:6:after", "REFUSES": "replica 2"}
-    hub = programs.serve(*options(2, "--replicas", 2, "--checkpoint-every", 0.1), prepare=without_ray, env=env)
+    env = {"DIES": f"replica 2#1:{dies}", "REFUSES": "replica 2"}
+    hub = programs.serve(*options(2, "--replicas", 2, "--checkpoint-every", every), prepare=without_ray, env=env)
     edges = [train(programs, hub, name) for name in NAMES]
     finish(*edges)
     log = hub.process.out

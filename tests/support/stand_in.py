@@ -37,7 +37,7 @@ class _Process:
 class StandIn:
     """In the place of `hub.replicas.cluster.Cluster`."""
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, replicas: int) -> None:
         self._starts: Counter[str] = Counter()
         self._dies = os.environ.get("DIES", "").split(",")
         self._hub_dies = os.environ.get("HUB_DIES", "")
