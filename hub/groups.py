@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hub.replicas import rounds
@@ -111,6 +112,16 @@ class Groups:
                     self.decide(ev.RoundCloses(), group.number)
         finally:
             self._settling = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Settle nothing before the end: in between, seats are empty that are about to be taken."""
+        before, self._settling = self._settling, True
+        try:
+            yield
+        finally:
+            self._settling = before
+        self.settle()
 
     def _gather(self) -> None:
         running = self.running

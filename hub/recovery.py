@@ -52,19 +52,20 @@ class Recovery:
         notes = self._notes(group)
         back = f", whose edges go back to its step {part.hub_step}" if notes else ""
         self._journal.log(f"{event.why}: starting it again{back}")
-        gathered = group.state.phase is not Phase.GATHERING
-        self._end_sessions(group, event.why)
-        group.down = True
-        group.scheduler = Scheduler(state_at(part, group.state))
-        group.state.busy = True
-        if self._groups.merging:
-            # It has given what it had, and its part is that of the next round.
-            self._groups.published(group)
-        else:
-            group.closing, group.deposited = None, False
-            self._groups.reopen()
-        _, answered, gathered_then = seats_of(part)
-        self._seating.restore(notes, answered, gathered or gathered_then, group.number)
+        _, answered, gathered = seats_of(part)
+        gathered = gathered or group.state.phase is not Phase.GATHERING
+        with self._groups.held():
+            self._end_sessions(group, event.why)
+            group.down = True
+            group.scheduler = Scheduler(state_at(part, group.state))
+            group.state.busy = True
+            if self._groups.merging:
+                # It has given what it had, and its part is that of the next round.
+                self._groups.published(group)
+            else:
+                group.closing, group.deposited = None, False
+                self._groups.reopen()
+            self._seating.restore(notes, answered, gathered, group.number)
         versions = {kept.version: kept.tensors() for kept in self._published.kept() if kept.version <= part.version}
         group.worker.revive(part, versions)
 
@@ -83,15 +84,15 @@ class Recovery:
         if not self._groups.running:
             raise ReplicasGone(f"{event.why}: no replica is left. Start the hub again, it goes on where it saved last")
         moved: dict[int, list[str]] = {}
-        for note in notes:
-            target = self._groups.place(self._sessions, True)
-            if not self._groups.merging:
+        with self._groups.held():
+            if notes and not self._groups.merging:
                 self._groups.reopen()
-            self._seating.take_in(note, target)
-            moved.setdefault(target, []).append(note.key)
+            for note in notes:
+                target = self._groups.place(self._sessions, True)
+                self._seating.take_in(note, target)
+                moved.setdefault(target, []).append(note.key)
         where = ", ".join(f"{len(keys)} to {self._groups[g].name}" for g, keys in sorted(moved.items()))
         self._journal.log(f"{event.why}; it cannot be started again. Edges moved: {where or 'none'}")
-        self._groups.settle()
 
     def _notes(self, group: Group) -> list[MemberNote]:
         """Who trains in a group: as it saved last, and who has come since."""

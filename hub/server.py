@@ -269,13 +269,14 @@ class Server:
 
     def restore(self, parts: Sequence[Checkpoint]) -> None:
         """Seat those whom the last checkpoint knows; edges of replicas that are no more take seats in other groups."""
-        for number, part in enumerate(parts):
-            members, answered, gathered = seats_of(part)
-            if number < len(self._groups):
-                self._seating.restore(members, answered, gathered, number)
-                continue
-            for note in members:
-                self._seating.take_in(note, self._groups.place(self._sessions, True))
+        with self._groups.held():
+            for number, part in enumerate(parts):
+                members, answered, gathered = seats_of(part)
+                if number < len(self._groups):
+                    self._seating.restore(members, answered, gathered, number)
+                    continue
+                for note in members:
+                    self._seating.take_in(note, self._groups.place(self._sessions, True))
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)

@@ -341,7 +341,7 @@ class ModelHub:
         self.tell(ev.BackwardDone({s: answers.get(s, bad_one) for s in action.gradients}))
 
     def _save_round(self, action: act.CloseRound) -> None:
-        """As `Worker._close_round`: the adapter and the checkpoint are on the disk before anyone hears of them."""
+        """As `Keeper._merge`: the adapter and the checkpoint are on the disk before anyone hears of them."""
         point = self._point()
         self.published[action.version] = digest("published", self.engine.weights, action.uploads)
         members = tuple(replace(note, contributes=False) for note in point.members)
