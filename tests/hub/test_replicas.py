@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from blocks.layout import Layout
 from blocks.surgery import LayerNames
+from hub.cli import app
 from hub.engine import Standing
 from hub.jobs import EdgeAdapter, Place, StepItem
 from hub.keeper import CheckpointWritten, Failure, Keeper, Progress, RoundMerged, fresh, without
@@ -255,3 +257,9 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'fedsea\[cluster\]'"):
         Cluster("127.0.0.1:1", 2)
+
+
+def test_an_address_without_replicas_is_told() -> None:
+    done = CliRunner().invoke(app, ["serve", "--ray", "127.0.0.1:1"])
+    assert done.exit_code == 2
+    assert "give --replicas too" in done.output
