@@ -28,9 +28,10 @@ class Cluster:
 
     def __init__(self, address: str | None, replicas: int) -> None:
         if address is None:
-            # Ray reads these from the environment alone, when it is imported: no report to its makers, and a token
-            # that is on no disk.
+            # Ray reads these from the environment alone, when it is imported: no report to its makers, a cluster that
+            # listens on 127.0.0.1 alone (its default on Windows), and a token that is on no disk.
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         self._ray = _import_ray()
@@ -53,7 +54,6 @@ class Cluster:
             include_dashboard=False,
             object_store_memory=min(_STORE_BYTES, max(psutil.virtual_memory().available // 8, 80 << 20)),
             _temp_dir=self._folder,
-            _node_ip_address="127.0.0.1",
             # Memory here is the kernel's business, as it is for a hub without replicas: Ray's own watch would end
             # replicas because something else on this machine has grown.
             _system_config={"memory_monitor_refresh_ms": 0},

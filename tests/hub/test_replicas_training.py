@@ -89,9 +89,11 @@ def test_a_replica_of_ray_that_is_killed_is_started_again(programs: Programs, al
     assert_same(published(hub), alone[0].adapter)
     assert "replica 1 is gone" in hub.process.out, str(hub.process)
     assert "replica 1 is back at step" in hub.process.out, str(hub.process)
-    ours = [child.pid for child in psutil.Process(hub.process.pid).children(recursive=True)]
+    ours = psutil.Process(hub.process.pid).children(recursive=True)
+    listening = [link.laddr.ip for child in ours for link in child.net_connections() if link.status == "LISTEN"]
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
     assert hub.process.end(signal.SIGTERM).code == 0, str(hub.process)
-    _, left = psutil.wait_procs([psutil.Process(pid) for pid in ours if psutil.pid_exists(pid)], timeout=10)
+    _, left = psutil.wait_procs(ours, timeout=10)
     assert not left
 
 
