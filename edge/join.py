@@ -10,6 +10,7 @@ from pathlib import Path
 
 import messaging.messages as m
 from blocks import adapters
+from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import CutModel
@@ -49,6 +50,7 @@ class JoinOptions:
     headless: bool
     seed: int
     give_up: float | None = None
+    wire: str | None = None
 
 
 class Joining:
@@ -70,6 +72,7 @@ class Joining:
     def run(self) -> None:
         """Everything, until the steps are done or the hub closes its last round."""
         options = self._options
+        wire_dtype(options.wire)
         for path in (*options.data, *options.held_out):
             if not path.exists():
                 raise InputError(f"{path}: no such file: give the text to train on with --data FILE")
@@ -130,7 +133,7 @@ class Joining:
         assert self._noise is not None
         assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
-        remote, middle = attach(cut, connection.client, welcome)
+        remote, middle = attach(cut, connection.client, welcome, self._options.wire)
         # As the training itself: the held-out loss must not end it because the hub is away.
         middle.comeback_s = self._options.give_up or math.inf
         recipe = welcome.recipe
