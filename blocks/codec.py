@@ -63,11 +63,12 @@ def to_rows(tensor: torch.Tensor, dtype: str | None = None) -> Rows:
 
 def _converted(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """On the CPU, contiguous, in the torch dtype of the wire's one; uint8 for q8."""
+    tensor = tensor.detach()
     if dtype == "q8":
         return quantised.pack(tensor).to("cpu")
-    out = tensor.detach().to("cpu", _TORCH[dtype]).contiguous()
+    out = tensor.to("cpu", _TORCH[dtype]).contiguous()
     if dtype == "f16" and tensor.dtype != torch.float16 and not _finite(out) and _finite(tensor):
-        largest = float(tensor.detach().abs().max())
+        largest = float(tensor.abs().max())
         raise InputError(f"fp16 on the wire cannot hold values as large as {largest:.3g}: use --wire bf16 or int8")
     return out
 

@@ -26,7 +26,7 @@ _LEAST = torch.finfo(torch.bfloat16).tiny
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
-    """values [..., width] of any float dtype -> uint8 [..., bytes of a row], on the same device.
+    """values [..., width] of any float dtype, without a graph -> uint8 [..., bytes of a row], on the same device.
 
     A group that holds NaN or infinite values gets a scale that is not finite, which `unpack` refuses.
     """
@@ -34,7 +34,7 @@ def pack(values: torch.Tensor) -> torch.Tensor:
     if not values.numel():
         return torch.empty(values.shape, dtype=torch.uint8)
     groups, _ = _groups(width)
-    rows = values.detach().reshape(-1, width)
+    rows = values.reshape(-1, width)
     out = torch.empty(len(rows), 2 * groups + width, dtype=torch.uint8, device=values.device)
     block = max(1, _BLOCK // width)
     for at in range(0, len(rows), block):
@@ -63,7 +63,9 @@ def unpack(data: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
     if not data.numel():
         return torch.empty(len(data), width, dtype=dtype)
     groups, group = _groups(width)
-    scales = data[:, : 2 * groups].contiguous().view(torch.bfloat16).float()
+    stored = torch.empty(len(data), groups, dtype=torch.bfloat16)
+    stored.view(torch.uint8).copy_(data[:, : 2 * groups])
+    scales = stored.float()
     least, most = (float(bound) for bound in scales.aminmax())
     if not math.isfinite(least) or not math.isfinite(most):
         raise NotFinite("a tensor from the wire holds NaN or infinite values")

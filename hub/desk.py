@@ -22,6 +22,8 @@ from messaging.errors import ErrorCode, HubError, InputError, ProtocolError
 from messaging.replies import Replies
 
 _MOST_ROWS = 1024
+#: bytes of one number in the dtype that the hub computes in
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,11 @@ class Desk:
         rows, width, _ = tensor.shape
         if not (1 <= rows <= _MOST_ROWS and width >= 1):
             raise ProtocolError(f"a batch of {rows} x {width} cannot be served")
+        size = rows * width * tensor.shape[2] * _BYTES[self.served.dtype]
+        if size > self.credits.budget:
+            # The credits count bytes on the wire; these may be fewer than what is made of them.
+            text = f"these states take {size} bytes at the hub, which has room for {self.credits.budget}: send fewer rows"
+            raise HubError(ErrorCode.CREDITS, text)
         if past + width > self.served.max_positions:
             raise ProtocolError(f"{past + width} positions are more than the model's {self.served.max_positions}")
         return Layout.from_ints(ints, rows, past, width, self.served.max_positions)
