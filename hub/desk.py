@@ -196,11 +196,10 @@ class Desk:
         rows, width, _ = tensor.shape
         if not (1 <= rows <= _MOST_ROWS and width >= 1):
             raise ProtocolError(f"a batch of {rows} x {width} cannot be served")
-        size = rows * width * tensor.shape[2] * _BYTES[self.served.dtype]
-        if size > self.credits.budget:
-            # The credits count bytes on the wire; these may be fewer than what is made of them.
-            text = f"these states take {size} bytes at the hub, which has room for {self.credits.budget}: send fewer rows"
-            raise HubError(ErrorCode.CREDITS, text)
+        if rows * width * self.served.hidden_size * _BYTES[self.served.dtype] > self.credits.budget:
+            # Credits count bytes on the wire, which may be a quarter of what is made of them.
+            text = f"{rows} x {width} positions are more than the hub has memory for: take a smaller batch"
+            raise HubError(ErrorCode.CREDITS, text, self.credits.budget)
         if past + width > self.served.max_positions:
             raise ProtocolError(f"{past + width} positions are more than the model's {self.served.max_positions}")
         return Layout.from_ints(ints, rows, past, width, self.served.max_positions)
