@@ -115,7 +115,10 @@ class Joining:
         self._phase = "loading blocks"
         noise = self._noise = connection.noise(options.noise, options.seed)
         cut = build(connection, served, partition, noise, device)
-        self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
+        on_wire = f", {options.wire} on the wire" if options.wire else ""
+        self._journal.log(
+            f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}{on_wire}"
+        )
         welcome = connection.hello(partition, True, served.description)
         # There is something to lose from here on: a hub may be away for hours.
         connection.client.be_patient(options.give_up or math.inf)
@@ -198,6 +201,7 @@ class Joining:
             phase=self._phase_text(),
             model=served.description.model_name.rpartition("/")[2] if served else "",
             partition=str(planned.partition) if planned else "",
+            wire=options.wire or "",
             cohort_joined=pong.joined if pong else 0,
             cohort_size=pong.cohort if pong else 0,
             step=progress.step if progress else 0,

@@ -26,14 +26,16 @@ def train(programs: Programs, name: str, killed: bool) -> tuple[Hub, dict[str, A
     with int8 is, in the middle, and goes on."""
     home = programs.folder / name
     hub = programs.serve("--cohort", 2, "--rounds", 1, "--round-steps", STEPS, state=home)
-    plain = programs.edge(hub, f"{name}-plain", write_notes(programs.folder, "clinic", 2, 30))
+    plain = programs.edge(hub, f"{name}-plain", write_notes(programs.folder, "clinic", 2, 30), "--partition", "1:1")
     notes = write_notes(programs.folder, "clinic", 1, 30)
-    small = programs.edge(hub, f"{name}-int8", notes, "--wire", "int8")
+    options = ("--partition", "1:1", "--wire", "int8")
+    small = programs.edge(hub, f"{name}-int8", notes, *options)
     if killed:
         hub.until(lambda live: 2 <= live["hub_step"] < STEPS, "some steps")
         small.kill()
-        small = programs.edge(None, f"{name}-int8", notes, "--wire", "int8")
+        small = programs.edge(None, f"{name}-int8", notes, *options)
     assert small.wait().code == 0, str(small)
+    assert "partition 1:1, int8 on the wire" in small.out + small.err
     assert plain.wait().code == 0, str(plain)
     reports = {
         kind: json.loads((programs.folder / f"{name}-{kind}" / "report.json").read_text()) for kind in ("plain", "int8")
