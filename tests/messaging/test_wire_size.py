@@ -25,8 +25,6 @@ from messaging.messages import (
 )
 from messaging.transport import Channel, Connected, LinkEvent, SendResult, wire_bytes
 
-HIDDEN = 512
-
 
 class Relay:
     """Passes one TCP connection on and counts its bytes."""
@@ -74,14 +72,15 @@ def relay(hub) -> Iterator[Relay]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("f32", 4 * HIDDEN + 192), ("bf16", 2 * HIDDEN + 192), ("q8", HIDDEN + 160)]
+    ("dtype", "hidden", "most"),
+    [("f32", 512, 2048 + 192), ("bf16", 512, 1024 + 192), ("q8", 512, 512 + 160), ("q8", 8192, 8192 + 160)],
 )
 def test_one_decoded_token_costs_its_hidden_state_and_a_little(
-    hub, relay: Relay, first_event: Callable[[EdgeTransport], LinkEvent], dtype: str, most: int
+    hub, relay: Relay, first_event: Callable[[EdgeTransport], LinkEvent], dtype: str, hidden: int, most: int
 ) -> None:
     edge = hub.edge(hub.enrolled(), replace(hub.address, ctl=relay.port))
     assert first_event(edge) == Connected(Channel.CTL)
-    state = Tensor(dtype, (1, 1, HIDDEN), (bytes(nbytes_of(dtype, (HIDDEN,))),))
+    state = Tensor(dtype, (1, 1, hidden), (bytes(nbytes_of(dtype, (hidden,))),))
     envelope = Envelope(1 << 20, 70_000, UNORDERED_BASE + 5, 70_000, 0, 600_000)
     question = encode(Packet(Infer(7, 70_000, 70_000, (0, 70_000), (), state), envelope))
 
