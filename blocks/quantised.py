@@ -1,4 +1,4 @@
-"""q8, numbers as int8 with scales: one byte for each, and two for every 128 of them.
+"""q8, numbers as int8 with scales: one byte for each, and two for every 128 of them or more.
 
 Each row of the last axis is quantised by itself, symmetrically: a group of values (`q8_group`) shares one scale, a
 little over its largest magnitude / 127, rounded to bfloat16. So one outlier coarsens its own group and nothing else,
@@ -71,10 +71,12 @@ def unpack(data: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
         raise NotFinite("a tensor from the wire holds NaN or infinite values")
     if least <= 0:
         raise ProtocolError("the scales of a q8 tensor must be above zero")
-    padded = torch.empty(len(data), groups * group)
-    padded[:, :width] = data[:, 2 * groups :].view(torch.int8)
-    padded.view(-1, groups, group).mul_(scales[..., None])
-    values = padded[:, :width].to(dtype).contiguous()
+    values = torch.empty(len(data), width)
+    values.copy_(data[:, 2 * groups :].view(torch.int8))
+    whole = width // group
+    values[:, : whole * group].unflatten(1, (whole, group)).mul_(scales[:, :whole, None])
+    values[:, whole * group :].mul_(scales[:, whole:])
+    values = values.to(dtype)
     if most * (_MOST + 1) > torch.finfo(dtype).max and not bool(torch.isfinite(values).all()):
         raise NotFinite("a tensor from the wire holds values beyond what its dtype can hold")
     return values

@@ -70,8 +70,8 @@ DTYPES: dict[str, tuple[int, int]] = {
 
 
 def q8_group(width: int) -> int:
-    """How many values of a row of `width` share one scale: 128, or more where a row would have over 16 scales."""
-    return max(128, -(-width // 16))
+    """How many values of a row of `width` share one scale: 128, or more where a row would have over 8 scales."""
+    return max(128, -(-width // 8))
 
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:

@@ -40,7 +40,7 @@ def test_the_bytes_are_those_that_the_shape_says(width: int) -> None:
     packed = pack(torch.randn(3, 2, width))
     assert packed.shape == (3, 2, nbytes_of("q8", (width,)))
     assert packed.numel() == nbytes_of("q8", (3, 2, width))
-    assert nbytes_of("q8", (width,)) - width <= 32
+    assert nbytes_of("q8", (width,)) - width <= 16
 
 
 @pytest.mark.parametrize(("shape", "nbytes"), [((), 3), ((0,), 0), ((4, 0), 0), ((0, 8), 0), ((2, 3, 8), 60)])
@@ -54,9 +54,9 @@ def test_an_outlier_coarsens_its_own_group_and_nothing_else() -> None:
     outlier = values.clone()
     outlier[0, 700] = 1000.0
     plain, off = there_and_back(values), there_and_back(outlier)
-    group = slice(512, 768)
+    group = slice(512, 1024)
     assert torch.equal(off[0, :512], plain[0, :512])
-    assert torch.equal(off[0, 768:], plain[0, 768:])
+    assert torch.equal(off[0, 1024:], plain[0, 1024:])
     assert float((off - outlier)[0, group].abs().max()) > 1.0
 
 
