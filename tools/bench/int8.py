@@ -170,7 +170,8 @@ def costs(repeats: int) -> dict[str, float]:
 
 def logits(join: str, state: str, model: str, text: str) -> dict[str, list[float]]:
     """By wire dtype: largest and mean difference of logits to fp32's, over the spread of those; the shares of equal
-    likeliest tokens, and of equal tokens where each run goes on from its own. The spread is the standard deviation of the logits at a position, averaged."""
+    likeliest tokens, and of equal tokens where each run goes on from its own. The spread is the standard deviation of
+    the logits at a position, averaged."""
     import edge
     from tools.bench.tasks import _torch
 
