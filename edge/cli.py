@@ -33,6 +33,12 @@ LastNoiseOption = Annotated[
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of this edge's key, cache and training.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+WireOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wire", help="States and gradients on the network: fp32, bf16, fp16, int8 (default: the model's dtype)."
+    ),
+]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name to enrol under, shown at the hub (default: this machine's).")
 ]
@@ -64,6 +70,7 @@ def join_(
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: SeedOption = 0,
+    wire: WireOption = None,
     give_up: Annotated[
         float | None,
         typer.Option(
@@ -103,6 +110,7 @@ def join_(
                 headless=headless,
                 seed=seed,
                 give_up=give_up,
+                wire=wire,
             )
         )
 
@@ -127,6 +135,7 @@ def generate(
     name: NameOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    wire: WireOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, ids and figures.")] = False,
 ) -> None:
     """Continue a prompt with the split model and the last published adapter."""
@@ -135,7 +144,9 @@ def generate(
         from edge.generate import generate as run
 
         run(
-            GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device),
+            GenerateOptions(
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, wire
+            ),
             prompt,
             json_,
         )
@@ -153,13 +164,18 @@ def chat(
     name: NameOption = None,
     device: DeviceOption = "cpu",
     seed: SeedOption = 0,
+    wire: WireOption = None,
 ) -> None:
     """Talk to the split model, with its chat template."""
     with exit_codes():
         from edge.generate import GenerateOptions
         from edge.generate import chat as run
 
-        run(GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device))
+        run(
+            GenerateOptions(
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, wire=wire
+            )
+        )
 
 
 @app.command("rotate-key")

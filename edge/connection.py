@@ -16,6 +16,7 @@ from safetensors.torch import load as load_safetensors
 import messaging.messages as m
 from blocks import adapters
 from blocks.adapters import LoraSpec
+from blocks.codec import wire_dtype
 from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
 from blocks.remote import RemoteBlocks, build_edge, remote_of
@@ -156,9 +157,11 @@ def build(
     return cut
 
 
-def attach(cut: CutModel, client: HubClient, welcome: m.Welcome) -> tuple[RemoteBlocks, HubMiddle]:
-    """Let the model's stand-in talk to the hub."""
-    middle = HubMiddle(client, welcome.adapter_version)
+def attach(
+    cut: CutModel, client: HubClient, welcome: m.Welcome, wire: str | None = None
+) -> tuple[RemoteBlocks, HubMiddle]:
+    """Let the model's stand-in talk to the hub, in the wire dtype that the user calls `wire` (default: its own)."""
+    middle = HubMiddle(client, welcome.adapter_version, wire_dtype(wire))
     remote = remote_of(cut)
     remote.attach(middle)
     return remote, middle

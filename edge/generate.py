@@ -31,6 +31,7 @@ class GenerateOptions:
     temperature: float
     seed: int
     device: str
+    wire: str | None = None
 
 
 def generate(options: GenerateOptions, prompt: str, as_json: bool) -> None:
@@ -96,6 +97,7 @@ def _connect(options: GenerateOptions) -> Any:
             name=options.name,
             device=options.device,
             seed=options.seed,
+            wire=options.wire,
             journal=journal,
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import messaging.messages as m
 from blocks import adapters
+from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import CutModel
@@ -49,6 +50,7 @@ class JoinOptions:
     headless: bool
     seed: int
     give_up: float | None = None
+    wire: str | None = None
 
 
 class Joining:
@@ -70,6 +72,7 @@ class Joining:
     def run(self) -> None:
         """Everything, until the steps are done or the hub closes its last round."""
         options = self._options
+        wire_dtype(options.wire)
         for path in (*options.data, *options.held_out):
             if not path.exists():
                 raise InputError(f"{path}: no such file: give the text to train on with --data FILE")
@@ -112,7 +115,10 @@ class Joining:
         self._phase = "loading blocks"
         noise = self._noise = connection.noise(options.noise, options.seed)
         cut = build(connection, served, partition, noise, device)
-        self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
+        on_wire = f", {options.wire} on the wire" if options.wire else ""
+        self._journal.log(
+            f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}{on_wire}"
+        )
         welcome = connection.hello(partition, True, served.description)
         # There is something to lose from here on: a hub may be away for hours.
         connection.client.be_patient(options.give_up or math.inf)
@@ -130,7 +136,7 @@ class Joining:
         assert self._noise is not None
         assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
-        remote, middle = attach(cut, connection.client, welcome)
+        remote, middle = attach(cut, connection.client, welcome, self._options.wire)
         # As the training itself: the held-out loss must not end it because the hub is away.
         middle.comeback_s = self._options.give_up or math.inf
         recipe = welcome.recipe
@@ -195,6 +201,7 @@ class Joining:
             phase=self._phase_text(),
             model=served.description.model_name.rpartition("/")[2] if served else "",
             partition=str(planned.partition) if planned else "",
+            wire=options.wire or "",
             cohort_joined=pong.joined if pong else 0,
             cohort_size=pong.cohort if pong else 0,
             step=progress.step if progress else 0,

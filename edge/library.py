@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from blocks import adapters
+from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.partition import Partition
 from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
@@ -63,20 +64,23 @@ def connect(
     name: str | None = None,
     device: str = "cpu",
     seed: int = 0,
+    wire: str | None = None,
     journal: Journal | None = None,
 ) -> Any:
     """A transformers model for generation and evaluation, its middle at the hub.
 
     join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
     the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
-    default what this state trains with, else 0.02.
+    default what this state trains with, else 0.02. wire: the dtype on the network, fp32, bf16, fp16 or int8; by default
+    that of the model.
     `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
     """
+    wire_dtype(wire)
     journal = journal or Journal()
     edge_state = EdgeState(Path(state) if state is not None else default_state())
     connection = Connection(edge_state, journal, join, name or socket.gethostname())
     try:
-        return _connected(connection, model, partition, noise, pick_device(device), seed)
+        return _connected(connection, model, partition, noise, pick_device(device), seed, wire)
     except BaseException:
         connection.close()
         raise
@@ -89,6 +93,7 @@ def _connected(
     scale: float | None,
     device: torch.device,
     seed: int,
+    wire: str | None,
 ) -> Any:
     served = connection.describe(model)
     cut_at = Partition.parse(partition or connection.membership.partition or "1:1")
@@ -101,6 +106,6 @@ def _connected(
     if welcome.adapter_version:
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
-    _, middle = attach(cut, connection.client, welcome)
+    _, middle = attach(cut, connection.client, welcome, wire)
     cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle)
     return cut.model

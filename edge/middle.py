@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import messaging.messages as m
-from blocks.codec import from_wire, to_wire
+from blocks.codec import Rows, from_wire, to_rows, to_wire
 from blocks.layout import Layout
 from edge.client import HubClient
 from messaging.errors import ErrorCode, HubError, LinkLost
@@ -34,25 +34,25 @@ class StepTimes:
 
 
 class _Record:
-    """Smashed states that a stream has sent, [rows, length, hidden], as they left."""
+    """The bytes of smashed states that a stream has sent, [rows, length, bytes of a position]."""
 
     def __init__(self) -> None:
         self._states: torch.Tensor | None = None
 
-    def add(self, smashed: torch.Tensor, layout: Layout, order: tuple[int, ...]) -> None:
-        """Note `smashed` as the positions from layout.past on, after putting the rows in `order`."""
-        rows, width, hidden = smashed.shape
+    def add(self, sent: torch.Tensor, layout: Layout, order: tuple[int, ...]) -> None:
+        """Note `sent` as the positions from layout.past on, after putting the rows in `order`."""
+        rows, width, size = sent.shape
         need = layout.past + width
         states = self._states
         if states is not None and order:
             states = states[list(order)]
         if states is None or states.shape[0] != rows or layout.past == 0:
-            states = smashed.new_empty(rows, need + _GROW, hidden)
+            states = sent.new_empty(rows, need + _GROW, size)
         elif states.shape[1] < need:
-            grown = smashed.new_empty(rows, need + need // 2 + _GROW, hidden)
+            grown = sent.new_empty(rows, need + need // 2 + _GROW, size)
             grown[:, : layout.past] = states[:, : layout.past]
             states = grown
-        states[:, layout.past : need] = smashed
+        states[:, layout.past : need] = sent
         self._states = states
 
     def since(self, have: int, past: int) -> torch.Tensor:
@@ -62,10 +62,15 @@ class _Record:
 
 
 class HubMiddle:
-    """`blocks.remote.Middle` over a HubClient. `version`: the adapter that the edge's own blocks hold."""
+    """`blocks.remote.Middle` over a HubClient.
 
-    def __init__(self, client: HubClient, version: int) -> None:
+    version: the adapter that the edge's own blocks hold; wire: the dtype of DTYPES in which states and gradients cross
+    both ways (the hub answers as it is asked), by default that of the tensors.
+    """
+
+    def __init__(self, client: HubClient, version: int, wire: str | None = None) -> None:
         self._client = client
+        self._wire = wire
         self.version = version
         self._records: dict[int, _Record] = {}
         self._next_stream = 1
@@ -87,7 +92,7 @@ class HubMiddle:
         """See Middle."""
         self.before_step()
         self.times = StepTimes(smashed_sent=time.perf_counter())
-        message = m.StepForward(self.step, self.tokens, layout.to_ints(), to_wire(smashed))
+        message = m.StepForward(self.step, self.tokens, layout.to_ints(), to_wire(smashed, self._wire))
         reply = self._client.ask(message, m.StepHidden)
         hidden = _received(reply.hidden, smashed)
         self.times.hidden_here = time.perf_counter()
@@ -96,7 +101,7 @@ class HubMiddle:
     def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
         """See Middle."""
         self.times.grad_sent = time.perf_counter()
-        reply = self._client.ask(m.StepBackward(self.step, to_wire(grad_hidden)), m.StepGrad)
+        reply = self._client.ask(m.StepBackward(self.step, to_wire(grad_hidden, self._wire)), m.StepGrad)
         grad = _received(reply.grad_smashed, grad_hidden)
         self.step_grad = reply
         self.times.grad_here = time.perf_counter()
@@ -117,15 +122,16 @@ class HubMiddle:
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         """See Middle. Survives a hub that lost the stream, or was restarted, as long as it serves this version."""
+        sent = to_rows(smashed, self._wire)
         if stream:
-            self._records[stream].add(smashed.cpu(), layout, order)
+            self._records[stream].add(sent.data, layout, order)
         deadline, have = math.inf, layout.past
         while True:
             try:
                 if have < layout.past:
-                    self._replay(layout, stream, have)
+                    self._replay(sent, layout, stream, have)
                     have, order = layout.past, ()
-                return _received(self._ask(smashed, layout, stream, order), smashed)
+                return _received(self._ask(sent, layout, stream, order), smashed)
             except HubError as error:
                 if error.code is ErrorCode.CACHE_MISS:
                     have = 0 if order else error.detail
@@ -140,13 +146,14 @@ class HubMiddle:
                     raise
             self._client.wait_for_session(max(deadline - time.monotonic(), 0.0))
 
-    def _replay(self, layout: Layout, stream: int, have: int) -> None:
+    def _replay(self, sent: Rows, layout: Layout, stream: int, have: int) -> None:
         """Send positions have .. past again, the same bytes; the answer was seen before."""
-        self._ask(self._records[stream].since(have, layout.past), layout.replay(have), stream, ())
+        before = self._records[stream].since(have, layout.past)
+        self._ask(replace(sent, data=before), layout.replay(have), stream, ())
 
-    def _ask(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> m.Tensor:
+    def _ask(self, sent: Rows, layout: Layout, stream: int, order: tuple[int, ...]) -> m.Tensor:
         self.round_trips += 1
-        message = m.Infer(stream, layout.past, self.version, layout.to_ints(), order, to_wire(smashed))
+        message = m.Infer(stream, layout.past, self.version, layout.to_ints(), order, sent.to_wire())
         return self._client.ask(message, m.InferHidden).hidden
 
 

@@ -22,6 +22,8 @@ from messaging.errors import ErrorCode, HubError, InputError, ProtocolError
 from messaging.replies import Replies
 
 _MOST_ROWS = 1024
+#: bytes of one number in the dtype that the hub computes in
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ class Desk:
         rows, width, _ = tensor.shape
         if not (1 <= rows <= _MOST_ROWS and width >= 1):
             raise ProtocolError(f"a batch of {rows} x {width} cannot be served")
+        if rows * width * self.served.hidden_size * _BYTES[self.served.dtype] > self.credits.budget:
+            # Credits count bytes on the wire, which may be a quarter of what is made of them.
+            text = f"{rows} x {width} positions are more than the hub has memory for: take a smaller batch"
+            raise HubError(ErrorCode.CREDITS, text, self.credits.budget)
         if past + width > self.served.max_positions:
             raise ProtocolError(f"{past + width} positions are more than the model's {self.served.max_positions}")
         return Layout.from_ints(ints, rows, past, width, self.served.max_positions)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
-from blocks.codec import from_wire, to_wire
+from blocks.codec import from_wire
 from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
@@ -23,6 +23,7 @@ from blocks.surgery import LayerNames, load, store_by_columns
 from blocks.weights import WeightSource
 from hub import ragged, streams
 from hub.aggregate import Contribution, weighted_mean
+from hub.answers import gradient_like, hidden_like
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import KvBudget
@@ -105,7 +106,7 @@ class Engine:
             with torch.enable_grad():
                 hidden = self._run_joined(self._tuned, parts)
         self._pending = _Pending(good, [part.states for part in parts], hidden)
-        out |= {item.session: to_wire(states) for item, states in zip(good, hidden, strict=True)}
+        out |= {item.session: hidden_like(states, item.smashed) for item, states in zip(good, hidden, strict=True)}
         return out
 
     def step_backward(self, grads: Mapping[int, object]) -> dict[int, Outcome]:
@@ -128,13 +129,13 @@ class Engine:
                 out[item.session] = error
                 continue
             roots.append(hidden)
-            given.append((item, start))
+            given.append((item, start, grad))
         if roots:
             torch.autograd.backward(roots, seeds)
-        self._apply([item for item, _ in given])
-        for item, start in given:
+        self._apply([item for item, _, _ in given])
+        for item, start, grad in given:
             assert start.grad is not None
-            out[item.session] = to_wire(start.grad)
+            out[item.session] = gradient_like(start.grad, grad)  # type: ignore[arg-type]
         return out
 
     def _apply(self, items: Sequence[StepItem]) -> None:
@@ -195,12 +196,14 @@ class Engine:
             ready.setdefault(key, []).append((index, Part(states, item.layout, item.place)))
         for (version, _, cached), group in ready.items():
             blocks = self._use_version(version)
-            out |= self._infer_cached(blocks, items, group) if cached else self._infer_once(blocks, group)
+            out |= (self._infer_cached if cached else self._infer_once)(blocks, items, group)
         return [out[index] for index in range(len(items))]
 
-    def _infer_once(self, blocks: MiddleBlocks, group: list[tuple[int, Part]]) -> dict[int, Outcome]:
+    def _infer_once(
+        self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
+    ) -> dict[int, Outcome]:
         hidden = self._run_joined(blocks, [part for _, part in group])
-        return {index: to_wire(states) for (index, _), states in zip(group, hidden, strict=True)}
+        return {i: hidden_like(states, items[i].smashed) for (i, _), states in zip(group, hidden, strict=True)}
 
     def _infer_cached(
         self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
@@ -224,7 +227,7 @@ class Engine:
                     out[index] = error
                     self.close_stream(items[index].session, items[index].stream)
                 continue
-            out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
+            out |= {i: hidden_like(states, items[i].smashed) for (i, _), states in zip(batch, hidden, strict=True)}
         return out
 
     def close_stream(self, session: int, stream: int) -> None:

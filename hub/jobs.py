@@ -36,7 +36,8 @@ class StepItem:
 
     def digest(self) -> bytes:
         """Stands for everything that the answer depends on: equal for a repetition of the same step."""
-        sum_ = hashlib.sha256(repr((self.place, self.layout.to_ints(), self.tokens, self.smashed.shape)).encode())
+        about = (self.place, self.layout.to_ints(), self.tokens, self.smashed.dtype, self.smashed.shape)
+        sum_ = hashlib.sha256(repr(about).encode())
         for chunk in self.smashed.chunks:
             sum_.update(chunk)
         return sum_.digest()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 #: Request ids from here on are not numbered in order: those requests may be repeated without harm.
 UNORDERED_BASE = 1 << 31
@@ -49,7 +49,8 @@ Names = Annotated[tuple[str, ...], Limit(64)]
 class Tensor:
     """A tensor as bytes: dtype name from `DTYPES`, shape, little-endian data in C order.
 
-    `chunks` holds the data as one or more buffers whose lengths add up to `nbytes`.
+    `chunks` holds the data as one or more buffers whose lengths add up to `nbytes`. In `q8` each row of the last
+    axis stands as its scales (bf16, one for every `q8_group` values), then its values (int8): value = scale * int8.
     """
 
     dtype: str
@@ -59,14 +60,30 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """The number of bytes that dtype and shape ask for."""
-        total = DTYPES[self.dtype][1]
-        for size in self.shape:
-            total *= size
-        return total
+        return nbytes_of(self.dtype, self.shape)
 
 
-#: dtype name -> (code in the header, bytes per element)
-DTYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (2, 2), "bf16": (3, 2), "u8": (4, 1), "i32": (5, 4)}
+#: dtype name -> (code in the header, bytes per element; those of q8 without its scales)
+DTYPES: dict[str, tuple[int, int]] = {
+    "f32": (1, 4), "f16": (2, 2), "bf16": (3, 2), "u8": (4, 1), "i32": (5, 4), "q8": (6, 1)
+}  # fmt: skip
+
+
+def q8_group(width: int) -> int:
+    """How many values of a row of `width` share one scale: 128, or more where a row would have over 8 scales."""
+    return max(128, -(-width // 8))
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor of this dtype (of DTYPES) and shape."""
+    total = DTYPES[dtype][1]
+    for size in shape:
+        total *= size
+    if dtype == "q8":
+        width = shape[-1] if shape else 1
+        scales = -(-width // q8_group(width))
+        total += total // width * 2 * scales if width else 0
+    return total
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def test_bad_data(run: Run, member: Path, tmp_path: Path, name: str, content: st
         (("--model", "nowhere/none"), "nowhere/none"),
         (("--device", "abacus"), "abacus"),
         (("--lr", 0), "--lr"),
+        (("--wire", "int4"), "--wire must be one of fp32, bf16, fp16, int8, not int4"),
     ],
 )
 def test_bad_options_of_join(run: Run, member: Path, notes: Path, options: tuple[object, ...], named: str) -> None:

@@ -214,6 +214,8 @@ class LocalMiddle:
         self.hub, self.session = hub, session
         self.place = Place(partition.p, partition.leave(hub.engine.num_layers))
         self.version, self._streams, self._requests = 0, 0, 0
+        #: the dtype on the wire; None: that of the tensors
+        self.wire: str | None = None
         #: target tokens of the step under way; set by whoever trains
         self.tokens = 0
         #: layouts of all inference so far
@@ -229,16 +231,16 @@ class LocalMiddle:
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         self.layouts.append(layout)
         self._requests += 1
-        wire = to_wire(smashed.clone())
-        item = InferItem(self.session, self._requests, stream, self.place, self.version, layout, order, wire)
+        sent = to_wire(smashed.clone(), self.wire)
+        item = InferItem(self.session, self._requests, stream, self.place, self.version, layout, order, sent)
         return _tensor(self.hub.infer(item), smashed)
 
     def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        item = StepItem(self.session, self.place, layout, self.tokens, to_wire(smashed.clone()))
+        item = StepItem(self.session, self.place, layout, self.tokens, to_wire(smashed.clone(), self.wire))
         return _tensor(self.hub.step_forward(item), smashed)
 
     def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        return _tensor(self.hub.step_backward(self.session, to_wire(grad_hidden)), grad_hidden)
+        return _tensor(self.hub.step_backward(self.session, to_wire(grad_hidden, self.wire)), grad_hidden)
 
 
 def _tensor(outcome: Outcome, like: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench import client_batch
+from tools.bench import client_batch, int8
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -161,13 +161,16 @@ def wire(bench: Bench) -> list[Row]:
     ]
 
 
-def _counted(hub: Hub, folder: Path, model: Path, more: tuple[str, Any], less: tuple[str, Any]) -> tuple[float, float]:
+def _counted(
+    hub: Hub, folder: Path, model: Path, more: tuple[str, Any], less: tuple[str, Any], wire: str | None = None
+) -> tuple[float, float]:
     """How many more bytes `more` sends and receives than `less`: medians, so that a ping between counts not."""
     relay = Relay(hub.join_file.read_text())
     sent: list[int] = []
     received: list[int] = []
     with running_workers(folder) as (worker,):
-        worker.ask("connect", join=relay.join, state=str(folder / "edge"), noise=NOISE, model=str(model))
+        edge = str(folder / "edge")
+        worker.ask("connect", join=relay.join, state=edge, noise=NOISE, model=str(model), wire=wire)
         for turn in range(6):
             counts = []
             for task, arguments in (less, more):
@@ -235,4 +238,5 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "curve": (curve, (CURVE,)),
     "planner": (planner, _PLANNER_ROWS),
     "client_batch": (client_batch.client_batch, (*client_batch.SPEED.values(), *client_batch.SHARE.values())),
+    "int8": (int8.measure, int8.ROWS),
 }

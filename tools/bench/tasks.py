@@ -11,12 +11,12 @@ from tools.bench.processes import peak_bytes
 _held: dict[str, Any] = {}
 
 
-def connect(join: str, state: str, noise: float, model: str | None = None) -> int:
+def connect(join: str, state: str, noise: float, model: str | None = None, wire: str | None = None) -> int:
     """Join as an edge at 1:1; returns the bytes of the edge's own tensors."""
     import edge
 
     torch = _torch()
-    split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model)
+    split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model, wire=wire)
     split.generation_config.eos_token_id = None
     _held["split"] = split
     tensors = [*split.parameters(), *split.buffers()]
@@ -156,6 +156,11 @@ def load_hub_part(**arguments: Any) -> None:
 def hub_part_step(count: int) -> float:
     """Seconds of a joined step of the engine alone."""
     return float(_held["hub_part"].step(count))
+def wire_dtypes(**arguments: Any) -> Any:
+    """What another dtype on the wire does to logits, losses or speed; see int8.py."""
+    from tools.bench import int8
+
+    return int8.TASKS[arguments.pop("what")](**arguments)
 
 
 def close_all() -> None:
@@ -180,7 +185,7 @@ def _ids(rows: int, width: int) -> Any:
 TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
     )
 }  # fmt: skip
