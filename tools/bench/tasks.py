@@ -156,6 +156,8 @@ def load_hub_part(**arguments: Any) -> None:
 def hub_part_step(count: int) -> float:
     """Seconds of a joined step of the engine alone."""
     return float(_held["hub_part"].step(count))
+
+
 def wire_dtypes(**arguments: Any) -> Any:
     """What another dtype on the wire does to logits, losses or speed; see int8.py."""
     from tools.bench import int8
