@@ -12,6 +12,7 @@ from blocks import adapters
 from blocks.device import pick_device
 from blocks.partition import Partition
 from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
+from edge.draft import Drafting
 from edge.noise import GaussianNoise
 from edge.state import EdgeState
 from messaging.console import Journal
@@ -20,9 +21,12 @@ from messaging.console import Journal
 class Link:
     """What a connected model knows of its hub: `model.hub`."""
 
-    def __init__(self, connection: Connection, tokenizer: Any, noise: GaussianNoise, middle: Any) -> None:
+    def __init__(
+        self, connection: Connection, tokenizer: Any, noise: GaussianNoise, middle: Any, drafting: Drafting
+    ) -> None:
         self._connection = connection
         self._middle = middle
+        self._drafting = drafting
         self.tokenizer = tokenizer
         self.noise = noise
 
@@ -35,6 +39,16 @@ class Link:
     def round_trips(self) -> int:
         """Requests of this model that went to the hub and back."""
         return int(self._middle.round_trips)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were guessed and sent along to be verified."""
+        return self._drafting.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right: each saved a round trip."""
+        return self._drafting.accepted
 
     @property
     def adapter_version(self) -> int:
@@ -70,7 +84,9 @@ def connect(
     join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
     the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
     default what this state trains with, else 0.02.
-    `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
+    `model.hub` has the tokenizer, the traffic and `close()`. `model.generate(prompt_lookup_num_tokens=15)`, or with an
+    `assistant_model`, verifies several guessed tokens in one round trip; up to so many, as many as pay by what is
+    measured. Raises a FedseaError that says what to do.
     """
     journal = journal or Journal()
     edge_state = EdgeState(Path(state) if state is not None else default_state())
@@ -102,5 +118,7 @@ def _connected(
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
     _, middle = attach(cut, connection.client, welcome)
-    cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle)
+    drafting = Drafting()
+    drafting.install(cut.model)
+    cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle, drafting)
     return cut.model
