@@ -10,11 +10,17 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    _prepare_attention_mask,
+    _prepare_position_ids,
+)
 
 from blocks.source import open_model
 from blocks.surgery import CutModel, build_whole, load
@@ -31,10 +37,10 @@ _NEWER = 0.25
 
 
 class Drafting:
-    """What a connected model has learned of guessing, in all its generations."""
+    """What a connected model has learned of guessing, in all its generations. `link_s`: see Policy."""
 
-    def __init__(self) -> None:
-        self.policy = Policy()
+    def __init__(self, link_s: Callable[[], float | None] = lambda: None) -> None:
+        self.policy = Policy(link_s)
         self.odds = Odds()
         self.model_chance = Chance(_MODEL_BEFORE)
         #: seconds that the draft model takes for a token
@@ -117,7 +123,7 @@ class LookupDrafts(CandidateGenerator):
         self._lookup.read(input_ids[0].tolist())
         self._known = input_ids.shape[1]
 
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """input_ids [1, length] -> [1, length + guessed]."""
         length = input_ids.shape[1]
         room, agreed = self._max_length - length - 1, self._lookup.agreed
@@ -128,7 +134,7 @@ class LookupDrafts(CandidateGenerator):
             input_ids = torch.cat([input_ids, input_ids.new_tensor([guess])], dim=1)
         return input_ids, None
 
-    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:  # type: ignore[override]
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """The text is input_ids [1, length] now, of which the last num_matches + 1 are new."""
         self._clock.stop(int(num_matches))
         new = input_ids[0, self._known :].tolist()
@@ -162,11 +168,11 @@ class ModelDrafts(AssistedCandidateGenerator):
         )
         self._drafting = drafting
         self._clock = _Clock(drafting)
-        self._most = min(int(self.num_assistant_tokens), MOST)
+        self.num_assistant_tokens = self._most = min(int(self.assistant_generation_config.num_assistant_tokens), MOST)
         self._vocabulary = vocabulary
         self._guessed = 0
 
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ids [1, length] -> [1, length + guessed], and the draft model's scores [1, guessed, vocabulary]."""
         drafting, length = self._drafting, input_ids.shape[1]
         room = max(min(self._most, self.main_model_max_length - length - 1), 0)
@@ -174,7 +180,7 @@ class ModelDrafts(AssistedCandidateGenerator):
         self.num_assistant_tokens = drafting.policy.size(chances, lambda size: size * drafting.model_token_s)
         began = time.perf_counter()
         candidates, scores = input_ids, None
-        if self.num_assistant_tokens:
+        if self.num_assistant_tokens and self._knows(input_ids):
             candidates, scores = super().get_candidates(input_ids, **kwargs)
             if scores is not None and scores.shape[-1] != self._vocabulary:
                 unknown = (candidates[0, length:] >= self._vocabulary).nonzero()
@@ -188,7 +194,19 @@ class ModelDrafts(AssistedCandidateGenerator):
         self._clock.start(length, self._guessed, guess_s)
         return candidates, scores
 
-    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:  # type: ignore[override]
+    def _knows(self, input_ids: torch.Tensor) -> bool:
+        known = _vocabulary(self.assistant_model)
+        return known >= self._vocabulary or int(input_ids.max()) < known
+
+    def _update_past_and_masks(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers; there the first draft is at the prompt, here it may come later."""
+        has_past = super()._update_past_and_masks(input_ids, *args, **kwargs)
+        if not has_past:
+            extended = _prepare_attention_mask(self.assistant_kwargs, input_ids.shape[1], False)
+            self.assistant_kwargs = _prepare_position_ids(extended, input_ids.shape[1], False)
+        return bool(has_past)
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """The text is input_ids [1, length] now, of which the last num_matches + 1 are new."""
         right = min(int(num_matches), self._guessed)
         self._clock.stop(right)
@@ -199,7 +217,7 @@ class ModelDrafts(AssistedCandidateGenerator):
 
 
 def load_draft_model(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal language model `name` (a folder, or on the Hugging Face hub) in the dtype and on the device of `model`.
+    """The causal language model `name` (a folder, or on the Hugging Face hub), in `model`'s dtype and on its device.
 
     Raises InputError where it cannot be had, has another tokenizer than `model`, or cannot take tokens back.
     """
@@ -222,7 +240,9 @@ def lookup_arguments() -> dict[str, Any]:
     return {"prompt_lookup_num_tokens": MOST}
 
 
-def model_arguments(draft: PreTrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def model_arguments(
+    draft: PreTrainedModel, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """What `generate()` of `model` needs to guess with a model that `load_draft_model` gave."""
     if _vocabulary(draft) == _vocabulary(model):
         return {"assistant_model": draft}

@@ -127,9 +127,7 @@ def _encode(tokenizer: Any, prompt: str, model: Any) -> torch.Tensor:
     return ids
 
 
-def _run(
-    model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any, drafts: dict[str, Any]
-) -> list[int]:
+def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any, drafts: dict[str, Any]) -> list[int]:
     """The new token ids."""
     _check_room(model, ids.shape[1], options.max_new_tokens)
     torch.manual_seed(options.seed)

@@ -118,7 +118,7 @@ def _connected(
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
     _, middle = attach(cut, connection.client, welcome)
-    drafting = Drafting()
+    drafting = Drafting(lambda: connection.client.figures.round_trip_s)
     drafting.install(cut.model)
     cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle, drafting)
     return cut.model

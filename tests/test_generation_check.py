@@ -39,7 +39,8 @@ def test_text_is_that_of_the_unsplit_model(hub: Hub, module_programs: Programs, 
         "--max-new-tokens", new, "--json", installed=not prompt,
     )  # fmt: skip
     answer = done.json
-    assert set(answer) == {"text", "tokens", "tokens_per_s", "bytes_sent", "bytes_received", "round_trips"}
+    counts = {"bytes_sent", "bytes_received", "round_trips", "drafted", "accepted"}
+    assert set(answer) == {"text", "tokens", "tokens_per_s", *counts}
     assert prompt + answer["text"] == recorded()[prompt]
     assert len(answer["tokens"]) == new
     assert answer["round_trips"] == new

@@ -12,8 +12,10 @@ _held: dict[str, Any] = {}
 
 
 def connect(join: str, state: str, noise: float, model: str | None = None) -> int:
-    """Join as an edge at 1:1; returns the bytes of the edge's own tensors."""
+    """Join as an edge at 1:1, leaving a hub joined before; returns the bytes of the edge's own tensors."""
     import edge
+
+    close_all()
 
     torch = _torch()
     split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model)
@@ -117,6 +119,28 @@ def curves(**arguments: Any) -> dict[str, list[float]]:
     return training.curves(**arguments)
 
 
+def teach_summaries(**arguments: Any) -> float:
+    """Write a model that summarises; see drafting.py."""
+    from tools.bench import drafting
+
+    _torch()
+    return drafting.teach_summaries(**arguments)
+
+
+def summarise(**arguments: Any) -> list[dict[str, Any]]:
+    """Summaries of dialogues by the split model; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.summarise(_held["split"], **arguments)
+
+
+def draft_random(**arguments: Any) -> float:
+    """Seconds of tokens after random ones; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.draft_random(_held["split"], **arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -140,5 +164,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        teach_summaries, summarise, draft_random,
     )
 }  # fmt: skip
