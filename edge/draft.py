@@ -157,6 +157,8 @@ class ModelDrafts(AssistedCandidateGenerator):
     they differ, a sampled guess is right if the verifying model draws the same, without a look at the draft's scores.
     """
 
+    assistant_kwargs: dict[str, Any]
+
     def __init__(self, drafting: Drafting, given: dict[str, Any], vocabulary: int) -> None:
         super().__init__(
             input_ids=given["input_ids"],
