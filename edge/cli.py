@@ -117,6 +117,15 @@ def join_(
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy.")]
+DraftOption = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="auto|off|MODEL",
+        help="Guess tokens and verify several in one round trip: auto guesses from the text, where that is faster; "
+        "or a small model with the same tokenizer, as --model takes it; off: one token a round trip.",
+    ),
+]
 PartitionOption = Annotated[
     str | None, typer.Option("--partition", help="p:q (default: what this state trains with, else 1:1).")
 ]
@@ -128,6 +137,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")] = "",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
+    draft: DraftOption = "auto",
     noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
@@ -145,7 +155,7 @@ def generate(
 
         run(
             GenerateOptions(
-                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, wire
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, draft, wire
             ),
             prompt,
             json_,
@@ -157,6 +167,7 @@ def chat(
     join: JoinArgument = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
+    draft: DraftOption = "auto",
     noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
@@ -173,7 +184,7 @@ def chat(
 
         run(
             GenerateOptions(
-                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, wire=wire
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, draft, wire
             )
         )
 

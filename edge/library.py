@@ -13,6 +13,7 @@ from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.partition import Partition
 from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
+from edge.draft import Drafting
 from edge.noise import GaussianNoise
 from edge.state import EdgeState
 from messaging.console import Journal
@@ -21,9 +22,12 @@ from messaging.console import Journal
 class Link:
     """What a connected model knows of its hub: `model.hub`."""
 
-    def __init__(self, connection: Connection, tokenizer: Any, noise: GaussianNoise, middle: Any) -> None:
+    def __init__(
+        self, connection: Connection, tokenizer: Any, noise: GaussianNoise, middle: Any, drafting: Drafting
+    ) -> None:
         self._connection = connection
         self._middle = middle
+        self._drafting = drafting
         self.tokenizer = tokenizer
         self.noise = noise
 
@@ -36,6 +40,16 @@ class Link:
     def round_trips(self) -> int:
         """Requests of this model that went to the hub and back."""
         return int(self._middle.round_trips)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were guessed and sent along to be verified."""
+        return self._drafting.drafted
+
+    @property
+    def accepted(self) -> int:
+        """Those of them that were right: each saved a round trip."""
+        return self._drafting.accepted
 
     @property
     def adapter_version(self) -> int:
@@ -73,7 +87,9 @@ def connect(
     the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
     default what this state trains with, else 0.02. wire: the dtype on the network, fp32, bf16, fp16 or int8; by default
     that of the model.
-    `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
+    `model.hub` has the tokenizer, the traffic and `close()`. `model.generate(prompt_lookup_num_tokens=15)`, or with an
+    `assistant_model`, verifies several guessed tokens in one round trip; up to so many, as many as pay by what is
+    measured. Raises a FedseaError that says what to do.
     """
     wire_dtype(wire)
     journal = journal or Journal()
@@ -107,5 +123,7 @@ def _connected(
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
     _, middle = attach(cut, connection.client, welcome, wire)
-    cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle)
+    drafting = Drafting(lambda: connection.client.figures.round_trip_s)
+    drafting.install(cut.model)
+    cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle, drafting)
     return cut.model

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench import client_batch, int8
+from tools.bench import client_batch, drafting, int8
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -239,4 +239,5 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "planner": (planner, _PLANNER_ROWS),
     "client_batch": (client_batch.client_batch, (*client_batch.SPEED.values(), *client_batch.SHARE.values())),
     "int8": (int8.measure, int8.ROWS),
+    "drafting": (drafting.drafting, drafting.ROWS),
 }

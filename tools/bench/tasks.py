@@ -12,8 +12,10 @@ _held: dict[str, Any] = {}
 
 
 def connect(join: str, state: str, noise: float, model: str | None = None, wire: str | None = None) -> int:
-    """Join as an edge at 1:1; returns the bytes of the edge's own tensors."""
+    """Join as an edge at 1:1, leaving a hub joined before; returns the bytes of the edge's own tensors."""
     import edge
+
+    close_all()
 
     torch = _torch()
     split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model, wire=wire)
@@ -165,6 +167,28 @@ def wire_dtypes(**arguments: Any) -> Any:
     return int8.TASKS[arguments.pop("what")](**arguments)
 
 
+def teach_summaries(**arguments: Any) -> float:
+    """Write a model that summarises; see drafting.py."""
+    from tools.bench import drafting
+
+    _torch()
+    return drafting.teach_summaries(**arguments)
+
+
+def summarise(**arguments: Any) -> list[dict[str, Any]]:
+    """Summaries of dialogues by the split model; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.summarise(_held["split"], **arguments)
+
+
+def draft_random(**arguments: Any) -> float:
+    """Seconds of tokens after random ones; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.draft_random(_held["split"], **arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -189,5 +213,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
+        teach_summaries, summarise, draft_random,
     )
 }  # fmt: skip
