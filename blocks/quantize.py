@@ -8,11 +8,12 @@ forward, backward and loading; torchao's own linears keep a whole weight in full
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel
 
 from messaging.errors import InputError
 
-#: Values of one slab, about: 2 MiB in 16 bits.
-SLAB = 1 << 20
+#: Values of one slab, about. A processor loses no time with small ones; a GPU has to be kept busy.
+SLAB, GPU_SLAB = 1 << 18, 1 << 22
 #: NF4: values with a common scale, and such scales with a common scale of their own.
 _BLOCK, _SCALES = 64, 256
 _CHOICES = {"8bit": 8, "4bit": 4}
@@ -51,16 +52,23 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.bits = bits
         self.register_parameter("bias", bias)
-        self._starts: list[int] = []
-        for start in range(0, self.out_features, _slab_rows(self.in_features)):
-            rows = weight[start : start + _slab_rows(self.in_features)]
-            self.register_buffer(f"slab_{len(self._starts)}", _quantize(rows, bits))
-            self._starts.append(start)
+        self._rows = _slab_rows(weight)
+        self._starts = list(range(0, self.out_features, self._rows))
+        room: _Room | None = None
+        for number, start in enumerate(self._starts):
+            slab = _quantize(weight[start : start + self._rows], bits)
+            room = room or _Room(slab, len(self._starts))
+            self.register_buffer(f"slab_{number}", room.take(slab))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weight that it computes with, in full. Made at every call."""
-        return torch.cat([self._slab(number) for number in range(len(self._starts))])
+        first = self._slab(0)
+        out = first.new_empty(self.out_features, self.in_features)
+        for number, start in enumerate(self._starts):
+            slab = self._slab(number)
+            out[start : start + len(slab)] = slab
+        return out
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +105,7 @@ class QuantizedLinear(nn.Linear):
             rows: torch.Tensor = held.dequantize()
             return rows
         start = self._starts[number]
-        count = min(_slab_rows(self.in_features), self.out_features - start)
+        count = min(self._rows, self.out_features - start)
         flat: torch.Tensor = held.get_original_weight()
         return flat[: count * self.in_features].view(count, self.in_features)
 
@@ -164,6 +172,8 @@ class LoadQuantizer:
         old = model.get_submodule(path)
         if not isinstance(old, nn.Linear) or weight.shape != (old.out_features, old.in_features):
             raise ValueError(f"{full_layer_name} has the shape {tuple(weight.shape)}")
+        # of the weight before this one
+        release_freed_memory()
         new = QuantizedLinear(weight, old.bias, self._bits)
         new._is_hf_initialized = True  # type: ignore[assignment]
         for hook in old._forward_pre_hooks.values():
@@ -174,25 +184,34 @@ class LoadQuantizer:
         return {}
 
 
+def release_freed_memory() -> None:
+    """Give what was in full for a moment back to the system: glibc keeps it, in holes between what stays."""
+    with suppress(OSError):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def held_bytes(tensor: torch.Tensor) -> int:
     """Bytes that a tensor takes in memory, with all of its parts where it is a quantized one."""
-    flatten = getattr(type(tensor), "__tensor_flatten__", None)
-    if flatten is None:
+    if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
-    return sum(getattr(tensor, name).nbytes for name in flatten(tensor)[0])
+    return sum(part.nbytes for part in _parts(tensor).values())
 
 
-def _slab_rows(width: int) -> int:
-    """Rows of a slab: such that NF4's blocks come out even, if there is room for so many."""
+def _slab_rows(weight: torch.Tensor) -> int:
+    """Rows of a slab of this weight: such that NF4's blocks come out even, if there is room for so many."""
+    width = weight.shape[1]
     even = _BLOCK * _SCALES // math.gcd(width, _BLOCK * _SCALES)
-    rows = max(1, SLAB // width)
+    rows = max(1, (SLAB if weight.device.type == "cpu" else GPU_SLAB) // width)
     return rows - rows % even or rows
 
 
 def _quantize(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    library = _library(bits)
+    library: Any = _library(bits)
+    held: torch.Tensor
     if bits == 8:
-        held: torch.Tensor = library.Int8Tensor.from_hp(rows, library.PerRow())
+        held = library.Int8Tensor.from_hp(rows, library.PerRow())
         return held
     flat = rows.flatten()
     missing = -len(flat) % (_BLOCK * _SCALES)
@@ -201,6 +220,37 @@ def _quantize(rows: torch.Tensor, bits: int) -> torch.Tensor:
         flat = torch.cat([flat, flat.repeat(-(-missing // len(flat)))[:missing]])
     held = library.NF4Tensor.from_tensor(flat, _BLOCK, _SCALES)
     return held
+
+
+class _Room:
+    """Memory in one piece for a number of quantized tensors like the first one.
+
+    Small tensors that stay, made between large ones that go, would leave malloc with holes larger than the weight.
+    """
+
+    def __init__(self, first: torch.Tensor, count: int) -> None:
+        size = sum(_aligned(part) for part in _parts(first).values())
+        self._free = torch.empty(count * size, dtype=torch.int8, device=first.device)
+
+    def take(self, tensor: Any) -> torch.Tensor:
+        """The same quantized tensor, all of it in here."""
+        parts = {}
+        for name, part in _parts(tensor).items():
+            parts[name] = self._free[: part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+            self._free = self._free[_aligned(part) :]
+        context = tensor.__tensor_flatten__()[1]
+        moved: torch.Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return moved
+
+
+def _parts(tensor: Any) -> dict[str, torch.Tensor]:
+    """The plain tensors that a quantized one consists of."""
+    return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+
+
+def _aligned(part: torch.Tensor) -> int:
+    """Its bytes, rounded up to where the next may begin."""
+    return -(-part.nbytes // 64) * 64
 
 
 def _library(bits: int) -> ModuleType:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from blocks.quantize import LoadQuantizer, QuantizedLinear
+from blocks.quantize import LoadQuantizer, QuantizedLinear, release_freed_memory
 from blocks.weights import WeightSource
 from messaging.errors import InputError
 
@@ -183,6 +183,8 @@ def load(
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.requires_grad_(False)
     model.eval()
+    if bits:
+        release_freed_memory()
     return cut
 
 

@@ -33,6 +33,12 @@ LastNoiseOption = Annotated[
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of this edge's key, cache and training.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+LoadInOption = Annotated[
+    str | None,
+    typer.Option(
+        "--load-in", metavar="8bit|4bit", help="Hold the weights here in fewer bits (default: as the hub serves them)."
+    ),
+]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name to enrol under, shown at the hub (default: this machine's).")
 ]
@@ -61,6 +67,7 @@ def join_(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "auto",
+    load_in: LoadInOption = None,
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: SeedOption = 0,
@@ -99,6 +106,7 @@ def join_(
                 state=state,
                 name=name,
                 device=device,
+                load_in=load_in,
                 share_loss=share_loss,
                 headless=headless,
                 seed=seed,
@@ -126,6 +134,7 @@ def generate(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, ids and figures.")] = False,
 ) -> None:
@@ -135,7 +144,9 @@ def generate(
         from edge.generate import generate as run
 
         run(
-            GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device),
+            GenerateOptions(
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, load_in
+            ),
             prompt,
             json_,
         )
@@ -152,6 +163,7 @@ def chat(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Talk to the split model, with its chat template."""
@@ -159,7 +171,11 @@ def chat(
         from edge.generate import GenerateOptions
         from edge.generate import chat as run
 
-        run(GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device))
+        run(
+            GenerateOptions(
+                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, load_in
+            )
+        )
 
 
 @app.command("rotate-key")

@@ -31,6 +31,7 @@ class GenerateOptions:
     temperature: float
     seed: int
     device: str
+    load_in: str | None = None
 
 
 def generate(options: GenerateOptions, prompt: str, as_json: bool) -> None:
@@ -95,6 +96,7 @@ def _connect(options: GenerateOptions) -> Any:
             state=options.state,
             name=options.name,
             device=options.device,
+            load_in=options.load_in,
             seed=options.seed,
             journal=journal,
         )

@@ -11,6 +11,7 @@ import torch
 from blocks import adapters
 from blocks.device import pick_device
 from blocks.partition import Partition
+from blocks.quantize import parse_bits
 from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
 from edge.noise import GaussianNoise
 from edge.state import EdgeState
@@ -62,6 +63,7 @@ def connect(
     state: str | Path | None = None,
     name: str | None = None,
     device: str = "cpu",
+    load_in: str | None = None,
     seed: int = 0,
     journal: Journal | None = None,
 ) -> Any:
@@ -69,14 +71,16 @@ def connect(
 
     join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
     the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
-    default what this state trains with, else 0.02.
+    default what this state trains with, else 0.02. load_in: '8bit' or '4bit' holds the weights of the edge's linear
+    layers in so many bits; by default they have the hub's dtype.
     `model.hub` has the tokenizer, the traffic and `close()`. Raises a FedseaError that says what to do.
     """
     journal = journal or Journal()
     edge_state = EdgeState(Path(state) if state is not None else default_state())
+    bits = parse_bits(load_in)
     connection = Connection(edge_state, journal, join, name or socket.gethostname())
     try:
-        return _connected(connection, model, partition, noise, pick_device(device), seed)
+        return _connected(connection, model, partition, noise, pick_device(device), bits, seed)
     except BaseException:
         connection.close()
         raise
@@ -88,6 +92,7 @@ def _connected(
     partition: str | None,
     scale: float | None,
     device: torch.device,
+    bits: int | None,
     seed: int,
 ) -> Any:
     served = connection.describe(model)
@@ -96,7 +101,7 @@ def _connected(
     if scale is None:
         scale = DEFAULT_NOISE if connection.membership.noise is None else connection.membership.noise
     noise = connection.noise(scale, seed)
-    cut = build(connection, served, cut_at, noise, device)
+    cut = build(connection, served, cut_at, noise, device, bits)
     welcome = connection.hello(cut_at, False, served.description)
     if welcome.adapter_version:
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tools.bench import edge_memory
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -233,4 +234,5 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "loading": (loading, (LOADING,)),
     "curve": (curve, (CURVE,)),
     "planner": (planner, _PLANNER_ROWS),
+    "edge-memory": (edge_memory.edge_memory, edge_memory.ROWS),
 }

@@ -117,6 +117,27 @@ def curves(**arguments: Any) -> dict[str, list[float]]:
     return training.curves(**arguments)
 
 
+def train_peak(**arguments: Any) -> dict[str, Any]:
+    """What an edge that trains needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_peak(**arguments)
+
+
+def train_unsplit_peak(**arguments: Any) -> dict[str, Any]:
+    """What unsplit training needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_unsplit_peak(**arguments)
+
+
+def quantized_quality(**arguments: Any) -> dict[str, Any]:
+    """What fewer bits cost; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.quantized_quality(**arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -140,5 +161,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        train_peak, train_unsplit_peak, quantized_quality,
     )
 }  # fmt: skip
