@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -256,8 +255,7 @@ def _aligned(part: torch.Tensor) -> int:
 def _library(bits: int) -> ModuleType:
     """torchao's part for so many bits. Raises InputError where it is missing or is too old or new."""
     try:
-        with _quiet():
-            module = importlib.import_module("torchao.quantization")
+        module = importlib.import_module("torchao.quantization")
         for name in ("Int8Tensor", "PerRow") if bits == 8 else ("NF4Tensor",):
             getattr(module, name)
     except (ImportError, AttributeError) as error:
@@ -266,17 +264,3 @@ def _library(bits: int) -> ModuleType:
             "pip install 'fedsea[quantized]', or leave --load-in out"
         ) from error
     return module
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torchao and torch log at the import: kernels for other machines, advice for torchao's authors."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

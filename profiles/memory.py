@@ -14,7 +14,8 @@ from profiles.workload import Workload
 
 # The constants for the CPU were fitted to the calibration models of tools/bench_memory.py (random Llama, GPT-2,
 # OPT and GPT-NeoX with hidden sizes from 256 to 768), on x86-64 Linux with glibc 2.36, torch 2.13 and one thread.
-# They took no part in the benchmark's own table. Those for CUDA are assumptions; no benchmark has tested them.
+# They took no part in the benchmark's own table. The fit is older than edge/allocator.py and edge/loss.py. Those for
+# CUDA are assumptions; no benchmark has tested them.
 
 #: Code and tables that libraries load on first use, and Python's own objects.
 RUNTIME_BYTES = {"cpu": 22 * 2**20, "cuda": 64 * 2**20, "mps": 64 * 2**20}
@@ -26,9 +27,9 @@ HOLES = {"cpu": 0.43, "cuda": 0.05, "mps": 0.05}
 #: The same for the loss, in copies of the float32 logits.
 LOSS_HOLES = {"cpu": 1.8, "cuda": 0.0, "mps": 0.0}
 
-#: Bytes of each freed value that count for holes, by the bytes of a weight. Over 16-bit weights half of the tensors
-#: are 16-bit and half the adapters' float32, and the two sizes fill each other's holes.
-FREED_BYTES = {4: 4, 2: 3}
+#: Bytes of the freed values, by the bytes of a weight, as shares that add up to one. Over 16-bit weights half of the
+#: tensors are 16-bit and half the adapters' float32, and the two sizes fill each other's holes.
+FREED_BYTES = {4: {4: 1.0}, 2: {2: 0.5, 4: 0.5}}
 
 #: Above this size glibc takes memory from the system and gives it back at once, so there are no holes
 #: (edge/allocator.py: APART_BYTES; a process that does not ask for this has 32 MiB, DEFAULT_MMAP_THRESHOLD_MAX of
@@ -173,9 +174,11 @@ def _holes(
 
     at_once: tokens whose logits are there at one moment.
     """
-    size = FREED_BYTES[workload.value_bytes]
     freed = sum(
-        count * width * tokens * size for count, width in freed_pieces(model) if width * tokens * FLOAT32 < apart
+        share * count * width * tokens * size
+        for size, share in FREED_BYTES[workload.value_bytes].items()
+        for count, width in freed_pieces(model)
+        if width * tokens * size < apart
     )
     if not workload.training:
         # nothing is kept, so each layer finds the holes of the one before it

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from profiles.memory import predict_memory, predict_unsplit
 from profiles.model import ModelShape, shape_from_config
 from profiles.workload import Workload
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from tools.bench.groups import Bench
 
 MIB = 2**20
+#: What must be free for the unsplit model's training.
+ROOM = 8 << 30
 SEQ, RANK = 512, 8
 STORIES = ROOT.parent / "shared" / "data" / "llama-stories260K-hf"
 TEXT = ROOT.parent / "shared" / "data" / "corpus-tinyshakespeare" / "input.txt"
@@ -68,8 +72,11 @@ def edge_memory(bench: Bench) -> list[Row | Skipped]:
     rows: list[Row | Skipped] = [
         _within(MEASURED[bits], _edge(shape, replace(workload, bits=bits)) / peak) for bits, peak in peaks.items()
     ]
-    rows.append(_within(UNSPLIT, predict_unsplit(shape, workload, "cpu").total / unsplit))
-    rows += [reported(BOTH[bits], peak / unsplit - 1) for bits, peak in peaks.items()]
+    if unsplit is None:
+        rows += [Skipped(row, f"less than {ROOM >> 30} GiB of memory are free") for row in (UNSPLIT, *BOTH.values())]
+    else:
+        rows.append(_within(UNSPLIT, predict_unsplit(shape, workload, "cpu").total / unsplit))
+        rows += [reported(BOTH[bits], peak / unsplit - 1) for bits, peak in peaks.items()]
     return [*rows, *_seven(bench), *_quality(bench)]
 
 
@@ -115,8 +122,10 @@ def _measured(bench: Bench) -> dict[int | None, float]:
     return peaks
 
 
-def _unsplit(bench: Bench) -> float:
-    """The same of LoRA training by peft on the whole model."""
+def _unsplit(bench: Bench) -> float | None:
+    """The same of LoRA training by peft on the whole model; None where there is no room for it."""
+    if psutil.virtual_memory().available < ROOM:
+        return None
     folder = bench.folder / "edge-memory" / "unsplit"
     found = once(folder, "train_unsplit_peak", model=str(bench.models.billion), seq=SEQ, rank=RANK)
     need: float = found["peak"] - once(folder, "import_all", names=found["modules"])
