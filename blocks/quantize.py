@@ -176,9 +176,9 @@ class LoadQuantizer:
         new = QuantizedLinear(weight, old.bias, self._bits)
         new._is_hf_initialized = True  # type: ignore[assignment]
         for hook in old._forward_pre_hooks.values():
-            new.register_forward_pre_hook(hook)  # type: ignore[arg-type]
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new)
+            new.register_forward_pre_hook(hook)
+        parts = path.rpartition(".")
+        setattr(model.get_submodule(parts[0]), parts[2], new)
         missing_keys.discard(full_layer_name)
         return {}
 
