@@ -39,6 +39,12 @@ WireOption = Annotated[
         "--wire", help="States and gradients on the network: fp32, bf16, fp16, int8 (default: the model's dtype)."
     ),
 ]
+LoadInOption = Annotated[
+    str | None,
+    typer.Option(
+        "--load-in", metavar="8bit|4bit", help="Hold the weights here in fewer bits (default: as the hub serves them)."
+    ),
+]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name to enrol under, shown at the hub (default: this machine's).")
 ]
@@ -67,6 +73,7 @@ def join_(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "auto",
+    load_in: LoadInOption = None,
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: SeedOption = 0,
@@ -106,6 +113,7 @@ def join_(
                 state=state,
                 name=name,
                 device=device,
+                load_in=load_in,
                 share_loss=share_loss,
                 headless=headless,
                 seed=seed,
@@ -144,6 +152,7 @@ def generate(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
     wire: WireOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, ids and figures.")] = False,
@@ -155,7 +164,19 @@ def generate(
 
         run(
             GenerateOptions(
-                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, draft, wire
+                join,
+                model,
+                partition,
+                noise,
+                state,
+                name,
+                max_new_tokens,
+                temperature,
+                seed,
+                device,
+                draft,
+                wire,
+                load_in,
             ),
             prompt,
             json_,
@@ -174,6 +195,7 @@ def chat(
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
     wire: WireOption = None,
 ) -> None:
@@ -184,7 +206,19 @@ def chat(
 
         run(
             GenerateOptions(
-                join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device, draft, wire
+                join,
+                model,
+                partition,
+                noise,
+                state,
+                name,
+                max_new_tokens,
+                temperature,
+                seed,
+                device,
+                draft,
+                wire,
+                load_in,
             )
         )
 

@@ -139,9 +139,14 @@ class Connection:
 
 
 def build(
-    connection: Connection, served: HubModel, partition: Partition, noise: GaussianNoise, device: torch.device
+    connection: Connection,
+    served: HubModel,
+    partition: Partition,
+    noise: GaussianNoise,
+    device: torch.device,
+    bits: int | None = None,
 ) -> CutModel:
-    """The edge's model, its own blocks filled, not yet attached to a hub."""
+    """The edge's model, its own blocks filled, its linear layers in `bits` bits, not yet attached to a hub."""
     cut = build_edge(served.files.config, partition, served.dtype, noise)
     source = served.files.source
     hosted = [name for name in source.names() if cut.to_local(name) is not None]
@@ -151,7 +156,7 @@ def build(
         source.fetch(hosted)
     size = sum(source.info(name).nbytes for name in hosted)
     with connection.journal.task("loading blocks", size) as task:
-        load(cut, Watched(source, task.advance), served.dtype, device)
+        load(cut, Watched(source, task.advance), served.dtype, device, bits)
     store_by_columns(cut.layers)
     cut.model.generation_config = served.files.generation_config()
     return cut

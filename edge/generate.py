@@ -35,6 +35,7 @@ class GenerateOptions:
     #: 'auto', 'off', or a draft model
     draft: str
     wire: str | None = None
+    load_in: str | None = None
 
 
 def generate(options: GenerateOptions, prompt: str, as_json: bool) -> None:
@@ -103,6 +104,7 @@ def _connect(options: GenerateOptions) -> Any:
             state=options.state,
             name=options.name,
             device=options.device,
+            load_in=options.load_in,
             seed=options.seed,
             wire=options.wire,
             journal=journal,

@@ -13,7 +13,9 @@ from blocks import adapters
 from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.optimizer import AdapterOptimizer, Schedule
+from blocks.quantize import parse_bits
 from blocks.surgery import CutModel
+from edge.allocator import keep_large_tensors_apart
 from edge.connection import GIVE_UP_S, Connection, HubModel, attach, build, lora_spec
 from edge.course import Course
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
@@ -51,6 +53,7 @@ class JoinOptions:
     seed: int
     give_up: float | None = None
     wire: str | None = None
+    load_in: str | None = None
 
 
 class Joining:
@@ -60,6 +63,7 @@ class Joining:
         self._options = options
         self._journal = journal
         self._interrupts = interrupts
+        self._bits = parse_bits(options.load_in)
         self._phase = "starting"
         self._connection: Connection | None = None
         self._served: HubModel | None = None
@@ -110,11 +114,13 @@ class Joining:
             options.batch,
             options.seq,
             self._journal,
+            self._bits,
         )
         partition = planned.partition
         self._phase = "loading blocks"
+        keep_large_tensors_apart()
         noise = self._noise = connection.noise(options.noise, options.seed)
-        cut = build(connection, served, partition, noise, device)
+        cut = build(connection, served, partition, noise, device, self._bits)
         on_wire = f", {options.wire} on the wire" if options.wire else ""
         self._journal.log(
             f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}{on_wire}"

@@ -12,6 +12,7 @@ from blocks import adapters
 from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.partition import Partition
+from blocks.quantize import parse_bits
 from edge.connection import DEFAULT_NOISE, Connection, attach, build, default_state, lora_spec
 from edge.draft import Drafting
 from edge.noise import GaussianNoise
@@ -77,6 +78,7 @@ def connect(
     state: str | Path | None = None,
     name: str | None = None,
     device: str = "cpu",
+    load_in: str | None = None,
     seed: int = 0,
     wire: str | None = None,
     journal: Journal | None = None,
@@ -86,7 +88,8 @@ def connect(
     join: a join string or '@FILE'; None for a `state` that is enrolled already. partition: 'p:q', by default
     the one this state trains with, else 1:1. noise: the paper's scale (mean absolute value), 0 for none; by
     default what this state trains with, else 0.02. wire: the dtype on the network, fp32, bf16, fp16 or int8; by default
-    that of the model.
+    that of the model. load_in: '8bit' or '4bit' holds the weights of the edge's linear layers in so many bits; by
+    default they have the hub's dtype.
     `model.hub` has the tokenizer, the traffic and `close()`. `model.generate(prompt_lookup_num_tokens=15)`, or with an
     `assistant_model`, verifies several guessed tokens in one round trip; up to so many, as many as pay by what is
     measured. Raises a FedseaError that says what to do.
@@ -94,9 +97,10 @@ def connect(
     wire_dtype(wire)
     journal = journal or Journal()
     edge_state = EdgeState(Path(state) if state is not None else default_state())
+    bits = parse_bits(load_in)
     connection = Connection(edge_state, journal, join, name or socket.gethostname())
     try:
-        return _connected(connection, model, partition, noise, pick_device(device), seed, wire)
+        return _connected(connection, model, partition, noise, pick_device(device), bits, seed, wire)
     except BaseException:
         connection.close()
         raise
@@ -108,6 +112,7 @@ def _connected(
     partition: str | None,
     scale: float | None,
     device: torch.device,
+    bits: int | None,
     seed: int,
     wire: str | None,
 ) -> Any:
@@ -117,7 +122,7 @@ def _connected(
     if scale is None:
         scale = DEFAULT_NOISE if connection.membership.noise is None else connection.membership.noise
     noise = connection.noise(scale, seed)
-    cut = build(connection, served, cut_at, noise, device)
+    cut = build(connection, served, cut_at, noise, device, bits)
     welcome = connection.hello(cut_at, False, served.description)
     if welcome.adapter_version:
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))

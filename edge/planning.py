@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 import messaging.messages as m
 from blocks.partition import Partition
+from blocks.quantize import quantizable
 from blocks.source import open_model
 from blocks.surgery import build_whole
 from edge.connection import SOFTWARE, HubModel
@@ -28,7 +29,7 @@ from profiles.machine import Machine, load_machine
 from profiles.model import ModelShape, shape_from_config
 from profiles.planner import Plan, plan, plan_partition
 from profiles.probe import probe_machine
-from profiles.workload import Link, Workload
+from profiles.workload import QUANTIZED_BYTES, Link, Workload
 
 _PINGS = 5
 #: What `edge profile` plans for: a fast home connection, and the defaults of `edge join`.
@@ -54,13 +55,14 @@ def choose_partition(
     batch: int,
     seq: int,
     journal: Journal,
+    bits: int | None = None,
 ) -> Planned:
-    """Plan for the hub's model on this machine, or on the one of `profile`.
+    """Plan for the hub's model on this machine, or on the one of `profile`, with linear layers in `bits` bits.
 
     Raises InputError when the partition is none, or does not fit the memory.
     """
     shape = exact_shape(served.files.config)
-    workload = Workload(batch, seq, served.description.dtype)
+    workload = Workload(batch, seq, served.description.dtype, bits=bits)
     try:
         with journal.task("probing this machine"):
             machine = load_machine(profile) if profile else probe_machine(device.type)
@@ -101,7 +103,14 @@ def exact_shape(config: PreTrainedConfig) -> ModelShape:
     model, names = build_whole(config, torch.float32)
     layers = model.get_submodule(names.prefix)
     counts = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    return replace(shape, layer_params=counts)
+    linears = quantizable(model)
+    prefix = f"{names.prefix}."
+    by_layer = tuple(
+        sum(size for name, size in linears.items() if name.startswith(f"{prefix}{number}."))
+        for number in range(names.count)
+    )
+    head = sum(size for name, size in linears.items() if not name.startswith(prefix))
+    return replace(shape, layer_params=counts, layer_linears=by_layer, head_linears=head)
 
 
 def describe(machine: Machine) -> str:
@@ -129,22 +138,33 @@ def show_profile(model: str | None, as_json: bool) -> None:
 def _plans(model: str, machine: Machine) -> list[Plan]:
     shape = exact_shape(open_model(model).config)
     workload = Workload(_BATCH, _SEQ, "float32" if machine.device == "cpu" else "auto")
-    plans = []
+    plans: list[Plan] = []
     for hosted in range(1, shape.layers):
-        try:
-            plans.append(plan_partition(shape, machine, _LINK, workload, hosted - hosted // 2, hosted // 2))
-        except PlanError as error:
-            if not plans:
-                raise InputError(str(error)) from error
+        chosen = _most_bits(shape, machine, workload, hosted - hosted // 2, hosted // 2, first=not plans)
+        if chosen is None:
             break
+        plans.append(chosen)
     return plans
 
 
+def _most_bits(shape: ModelShape, machine: Machine, workload: Workload, p: int, q: int, first: bool) -> Plan | None:
+    """The plan for p:q with as many bits for a weight as fit. None if none do; InputError if this is the `first`."""
+    for bits in (None, *sorted(QUANTIZED_BYTES, reverse=True)):
+        try:
+            return plan_partition(shape, machine, _LINK, replace(workload, bits=bits), p, q)
+        except PlanError as error:
+            refused = error
+    if first:
+        raise InputError(str(refused)) from refused
+    return None
+
+
 def _table(plans: list[Plan]) -> Table:
-    table = Table("partition", "peak memory", "step", "sent and received a step", box=None)
+    table = Table("partition", "weights", "peak memory", "step", "sent and received a step", box=None)
     for row in plans:
         memory, sent = human_bytes(row.peak_memory_bytes), human_bytes(row.bytes_per_step)
-        table.add_row(f"{row.p}:{row.q}", memory, f"{row.step_time_s:.2f} s", sent)
+        held = f"--load-in {row.bits}bit" if row.bits else row.dtype
+        table.add_row(f"{row.p}:{row.q}", held, memory, f"{row.step_time_s:.2f} s", sent)
     return table
 
 

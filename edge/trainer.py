@@ -19,6 +19,7 @@ from blocks.surgery import CutModel
 from edge.client import HubClient
 from edge.course import Course
 from edge.data import Batch
+from edge.loss import summed_loss
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
 from edge.upload import Uploading
@@ -180,21 +181,9 @@ class Trainer:
             self._account(started, batch.tokens, mean)
 
     def _summed_loss(self, batch: Batch, learning: bool) -> torch.Tensor:
-        """The loss summed over target tokens, by transformers' own loss function."""
-        model, device = self._parts.cut.model, self._parts.cut.model.device
+        """The loss summed over target tokens; with `learning` it can be gone back from."""
         self._parts.remote.learning = learning
-        logits = model(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(device),
-            position_ids=None if batch.position_ids is None else batch.position_ids.to(device),
-            use_cache=False,
-        ).logits
-        vocab = model.config.get_text_config().vocab_size
-        one = torch.tensor(1.0, device=device)
-        loss: torch.Tensor = model.loss_function(
-            logits=logits, labels=batch.labels.to(device), vocab_size=vocab, num_items_in_batch=one
-        )
-        return loss
+        return summed_loss(self._parts.cut, batch)
 
     # -- rounds ----------------------------------------------------------------------------------------
 

@@ -96,6 +96,23 @@ def test_what_fits_nowhere_is_refused_in_words_that_help() -> None:
     assert isinstance(refusal.value, ValueError)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_fits_in_fewer_bits_only_is_told_so(bits: int) -> None:
+    machine = with_room_for(2, 2, micro_batches=4, workload=replace(STEP, bits=bits))
+    with pytest.raises(PlanError, match=rf"hold the weights in {bits} bits \(--load-in {bits}bit\): then it fits"):
+        plan_partition(MODEL, machine, LAN, STEP, 2, 2)
+    chosen = plan_partition(MODEL, machine, LAN, replace(STEP, bits=bits), 2, 2)
+    assert chosen.bits == bits
+    assert any(f"with linear layers in {bits} bits" in reason for reason in chosen.reasons)
+
+
+def test_fewer_bits_are_not_advised_where_they_do_not_help() -> None:
+    machine = replace(with_room_for(1, 1, micro_batches=4), free_memory_bytes=2**20)
+    with pytest.raises(PlanError) as refusal:
+        plan(MODEL, machine, LAN, STEP)
+    assert "--load-in" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("p", "q", "message"),
     [
@@ -172,6 +189,7 @@ def test_arithmetic_bounds_a_large_batch() -> None:
         ({"batch": 0}, "must be >= 1"),
         ({"seq": 0}, "must be >= 1"),
         ({"lora_rank": 0}, "must be >= 1"),
+        ({"bits": 3}, "weights in 3 bits: give one of 8, 4, or none"),
         ({"dtype": "int8"}, "unknown dtype 'int8': use auto, float32, bfloat16, float16"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench import client_batch, drafting, int8
+from tools.bench import client_batch, drafting, edge_memory, int8
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -240,4 +240,5 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "client_batch": (client_batch.client_batch, (*client_batch.SPEED.values(), *client_batch.SHARE.values())),
     "int8": (int8.measure, int8.ROWS),
     "drafting": (drafting.drafting, drafting.ROWS),
+    "edge-memory": (edge_memory.edge_memory, edge_memory.ROWS),
 }

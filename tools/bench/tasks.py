@@ -189,6 +189,27 @@ def draft_random(**arguments: Any) -> float:
     return drafting.draft_random(_held["split"], **arguments)
 
 
+def train_peak(**arguments: Any) -> dict[str, Any]:
+    """What an edge that trains needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_peak(**arguments)
+
+
+def train_unsplit_peak(**arguments: Any) -> dict[str, Any]:
+    """What unsplit training needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_unsplit_peak(**arguments)
+
+
+def quantized_quality(**arguments: Any) -> dict[str, Any]:
+    """What fewer bits cost; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.quantized_quality(**arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -213,6 +234,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
-        teach_summaries, summarise, draft_random,
+        teach_summaries, summarise, draft_random, train_peak, train_unsplit_peak, quantized_quality,
     )
 }  # fmt: skip
