@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from messaging.errors import ErrorCode, HubError
 
-_GROW = 64
+_GROW = 16
 
 
 class KvBudget:
@@ -61,6 +61,8 @@ class StreamLayer(CacheLayerMixin):
         self._budget = budget
         self.length = 0
         self.nbytes = 0
+        #: positions that the request under way comes to: room is made for all of them at once
+        self.expected = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """See transformers; the buffers are made by the first update."""
@@ -78,7 +80,7 @@ class StreamLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor, need: int) -> None:
-        capacity = _capacity(need)
+        capacity = _capacity(max(need, self.expected))
         rows, heads, _, key_dim = keys.shape
         value_dim = values.shape[-1]
         nbytes = rows * heads * capacity * (key_dim + value_dim) * keys.element_size()
@@ -172,6 +174,11 @@ class StreamCache(Cache):
             self.free()
         self.past, self.rows = past, rows
 
+    def expect(self, length: int) -> None:
+        """The request under way comes to `length` positions."""
+        for layer in self.layers:
+            layer.expected = length
+
     def undo(self) -> None:
         """Back to what `prepare` left, after a forward that ended part of the way."""
         for layer in self.layers:
@@ -205,23 +212,43 @@ class RaggedStates:
     items: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
-    """A stream in a batch: its cache, its rows first .. last, its bool mask [rows, past + width] or None."""
+    """A stream in a batch: its cache, its `rows` x `width` new positions, its bool mask [rows, past + width] or None.
 
+    In the batch each new position is a row of its own; this stream's are `first` .. `last`, row by row. `number` is
+    its place among the streams.
+    """
+
+    number: int
     cache: StreamCache
     first: int
-    last: int
+    rows: int
+    width: int
     mask: torch.Tensor | None
+
+    @property
+    def last(self) -> int:
+        """The batch row behind its last one."""
+        return self.first + self.rows * self.width
+
+    def unfold(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows * width, heads, 1, dim] of the batch -> [rows, heads, width, dim]."""
+        if self.width == 1:
+            return states
+        _, heads, _, dim = states.shape
+        return states.reshape(self.rows, self.width, heads, dim).transpose(1, 2)
 
 
 class BatchCache(Cache):
-    """The caches of several streams, shown to one forward as one."""
+    """The caches of several streams, shown to one forward as one. Every new position is a row of the batch."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(layers=[])
         self.members = tuple(members)
         self.inside = self.members
+        #: rows of the batch that each stream inside has
+        self.sizes = [member.last - member.first for member in self.members]
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -232,16 +259,16 @@ class BatchCache(Cache):
         """Told by the layer loop which rows are inside now."""
         inside = set(rows)
         self.inside = tuple(member for member in self.members if member.first in inside)
+        self.sizes = [member.last - member.first for member in self.inside]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Append each stream's rows to its own cache; returns keys and values stream by stream."""
-        keys, values, at = [], [], 0
-        for member in self.inside:
-            end = at + member.last - member.first
-            k, v = member.cache.layers[layer_idx].update(key_states[at:end], value_states[at:end])
+        keys, values = [], []
+        parts = zip(self.inside, key_states.split(self.sizes), value_states.split(self.sizes), strict=True)
+        for member, key, value in parts:
+            k, v = member.cache.layers[layer_idx].update(member.unfold(key), member.unfold(value))
             keys.append(k)
             values.append(v)
-            at = end
         return RaggedStates(tuple(keys)), RaggedStates(tuple(values))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -2,8 +2,9 @@
 
 transformers lets a program register an attention function and the mask function that goes with it. This pair
 wraps the one that the model would have used: a plain batch goes through unchanged; in a batch of streams
-(`kv.BatchCache`) every stream's rows attend to that stream's keys alone, with a mask of their own. All other
-operations of the layer run on the whole batch at once, which is where batching pays.
+(`kv.BatchCache`) every stream's new positions attend to that stream's keys alone, with a mask of their own. All other
+operations of the layer run on the whole batch at once, which is where batching pays. There each new position is a row
+of its own, [positions, 1, hidden]: a prompt, a few drafted tokens and single tokens go side by side without padding.
 """
 
 from __future__ import annotations
@@ -43,23 +44,18 @@ def _attention_over(base: str) -> Any:
         run = ALL_ATTENTION_FUNCTIONS.get_interface(base, own)
         if not isinstance(key, RaggedStates):
             return run(module, query, key, value, attention_mask, **kwargs)
-        outputs, at = [], 0
-        masks = _masks_inside(attention_mask)
-        for keys, values, mask in zip(key.items, value.items, masks, strict=True):
-            end = at + keys.shape[0]
-            outputs.append(run(module, query[at:end], keys, values, mask, **kwargs)[0])
-            at = end
+        batch = BATCH.get()
+        assert batch is not None
+        outputs = []
+        queries = query.split(batch.sizes)
+        for member, own_query, keys, values in zip(batch.inside, queries, key.items, value.items, strict=True):
+            mask = None if attention_mask is None else attention_mask.items[member.number]
+            given = run(module, member.unfold(own_query), keys, values, mask, **kwargs)[0]
+            # [rows, width, heads, dim]: in memory the same as a row for each position
+            outputs.append(given.reshape(-1, 1, *given.shape[2:]))
         return torch.cat(outputs), None
 
     return attention
-
-
-def _masks_inside(masks: Any) -> list[Any]:
-    batch = BATCH.get()
-    assert batch is not None
-    if masks is None:
-        return [None] * len(batch.inside)
-    return [masks.items[batch.members.index(member)] for member in batch.inside]
 
 
 def _mask_over(base: str) -> Any:
@@ -69,7 +65,6 @@ def _mask_over(base: str) -> Any:
         batch = BATCH.get()
         if batch is None:
             return make(**kwargs)
-        width = kwargs["q_length"]
         own = []
         for member in batch.members:
             past = member.cache.past
@@ -77,8 +72,9 @@ def _mask_over(base: str) -> Any:
                 make(
                     **{
                         **kwargs,
-                        "batch_size": member.last - member.first,
-                        "kv_length": past + width,
+                        "batch_size": member.rows,
+                        "q_length": member.width,
+                        "kv_length": past + member.width,
                         "q_offset": past,
                         "attention_mask": member.mask,
                     }
