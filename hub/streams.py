@@ -13,6 +13,7 @@ from blocks.middle import MiddleBlocks
 from hub import ragged
 from hub.jobs import InferItem, Place
 from hub.kv import BatchCache, KvBudget, Member, StreamCache
+from hub.prefixes import BLOCK, Chain, Prefixes, chain_of
 from messaging.errors import ErrorCode, HubError
 
 Key = tuple[int, int]
@@ -56,6 +57,8 @@ class Work:
     positions: torch.Tensor
     have: int = 0
     hidden: list[torch.Tensor] = field(default_factory=list)
+    #: stands for the first columns that are worth keeping
+    again: Chain = ()
 
     @property
     def whole(self) -> bool:
@@ -90,6 +93,7 @@ class Streams:
         #: when each stream was asked for last, the longest ago first
         self._used_at: dict[Key, float] = {}
         self._in_batch: set[Key] = set()
+        self.prefixes = Prefixes(budget)
         #: requests of which a part is computed
         self._works: dict[Key, Work] = {}
         #: streams that lost their memory to others
@@ -115,14 +119,36 @@ class Streams:
             mask = item.layout.mask()
             mask = None if mask is None else mask.to(states.device)
             work = self._works[key] = Work(item, cache, states, mask, item.layout.positions().to(states.device))
+            self._take_over(work)
         self._used_at.pop(key, None)
         self._used_at[key] = time.monotonic()
         begun.add(key)
         self._in_batch = set(begun)
         return work
 
+    def _take_over(self, work: Work) -> None:
+        """Begin behind the first columns that this edge sent before, if they are kept."""
+        chain = chain_of(work.item, work.states)
+        if not chain:
+            return
+        work.again = chain[: self.prefixes.note(work.item, chain) // BLOCK]
+        found = self.prefixes.find(work.item, chain)
+        if found is None:
+            return
+        kept, columns = found
+        try:
+            for number, (keys, values) in kept.layers.items():
+                work.cache.layers[number].update(keys[:, :, :columns], values[:, :, :columns])
+        except HubError:
+            self.close(work.item.session, work.item.stream)
+            raise
+        work.cache.past = columns
+        work.add(kept.hidden[:, :columns])
+
     def done(self, work: Work) -> None:
-        """The work is whole: forget it."""
+        """The work is whole: forget it, or keep of it what its edge has sent before."""
+        if work.again:
+            self.prefixes.keep(work.item, work.again, work.cache, work.answer())
         self._works.pop((work.item.session, work.item.stream), None)
 
     def _prepare(self, item: InferItem, begun: set[Key]) -> StreamCache:
@@ -151,11 +177,13 @@ class Streams:
             cache.free()
 
     def _evict(self, nbytes: int) -> None:
-        """Free the memory of streams that are idle, those asked for the longest ago first.
+        """Free what is kept of earlier prompts, then streams that are idle, those asked for the longest ago first.
 
         Their edges hold the record of what they sent, and send it again. Streams that decode just now are left
         alone: they would evict each other at every token.
         """
+        while self._budget.used + nbytes > self._budget.most and self.prefixes.drop_oldest():
+            pass
         before = time.monotonic() - _IDLE_S
         for key, at in list(self._used_at.items()):
             if self._budget.used + nbytes <= self._budget.most or at > before:
@@ -168,6 +196,7 @@ class Streams:
         """Free all streams of a session."""
         for key in [key for key in self._caches if key[0] == session]:
             self.close(*key)
+        self.prefixes.close_session(session)
 
 
 def run(blocks: MiddleBlocks, pieces: Sequence[Piece]) -> list[torch.Tensor]:

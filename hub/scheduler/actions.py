@@ -6,7 +6,7 @@ At most one of the compute actions (RunForward .. FreeStreams) is under way at a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from messaging.errors import ErrorCode
 
@@ -31,9 +31,13 @@ class RunBackward:
 
 @dataclass(frozen=True)
 class RunInfer:
-    """Answer these requests in as few forwards as possible: (session, request, payload)."""
+    """Compute these requests in as few forwards as possible: (session, request, payload).
+
+    `upto`: by (session, request), how many columns are to be computed by the end of this, where that is not all.
+    """
 
     requests: tuple[tuple[int, int, object], ...]
+    upto: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

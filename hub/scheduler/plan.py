@@ -15,21 +15,35 @@ def next_compute(state: State) -> act.Compute | None:
         return act.FreeStreams(tuple(state.freeing))
     training = _next_training(state)
     if state.infers and (training is None or not state.inferred_last):
-        return act.RunInfer(_half(state))
+        return _inference(state)
     return training
 
 
-def _half(state: State) -> tuple[tuple[int, int, object], ...]:
+def _inference(state: State) -> act.RunInfer:
+    """The narrow requests that wait, and with them the next columns of the first wide one.
+
+    A forward with such a piece takes long, so all narrow ones go with it.
+    """
+    wide = [item for item in state.infers if item[:2] in state.wide]
+    narrow = [item for item in state.infers if item[:2] not in state.wide]
+    if not wide:
+        return act.RunInfer(_half(state, narrow))
+    key, how = wide[0][:2], state.wide[wide[0][:2]]
+    upto = min(how.have + how.step, how.columns)
+    return act.RunInfer((*narrow, wide[0]), {key: upto})
+
+
+def _half(state: State, waiting: list[tuple[int, int, object]]) -> tuple[tuple[int, int, object], ...]:
     """Of the requests that wait, those of at most half of the sessions that generate now.
 
     So there are two batches on their way: while the hub computes one, the edges work on the other. In a single one
     all would wait for the hub, and then the hub for all of them.
     """
-    waiting = dict.fromkeys(session for session, _, _ in state.infers)
-    generating = len(waiting.keys() | state.inferred_lately())
+    sessions = dict.fromkeys(session for session, _, _ in waiting)
+    generating = len(sessions.keys() | state.inferred_lately())
     most = generating if generating < _FEW else -(-generating // 2)
-    chosen = set(list(waiting)[:most])
-    return tuple(item for item in state.infers if item[0] in chosen)
+    chosen = set(list(sessions)[:most])
+    return tuple(item for item in waiting if item[0] in chosen)
 
 
 def _next_training(state: State) -> act.Compute | None:
@@ -77,7 +91,8 @@ def begin(state: State, action: act.Compute) -> None:
         case act.RunInfer():
             state.inferring = [(session, request) for session, request, _ in action.requests]
             state.infers = [item for item in state.infers if item[:2] not in state.inferring]
-            state.inferred_last = True
+            # Training waits until what was begun is whole: else a prompt would wait for a step at each of its pieces.
+            state.inferred_last = not _part(state, action)
             state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
@@ -99,3 +114,14 @@ def begin(state: State, action: act.Compute) -> None:
                     member.gradient = None
         case act.CloseRound():
             state.inferred_last = False
+
+
+def _part(state: State, action: act.RunInfer) -> bool:
+    """Note how far the wide request will come; whether a part of it is left."""
+    for key, upto in action.upto.items():
+        wide = state.wide[key]
+        wide.have = upto
+        if upto < wide.columns:
+            state.parted = action.requests[-1]
+            return True
+    return False
