@@ -33,7 +33,8 @@ class RunBackward:
 class RunInfer:
     """Compute these requests in as few forwards as possible: (session, request, payload).
 
-    `upto`: by (session, request), how many columns are to be computed by the end of this, where that is not all.
+    `upto`: of a request that is computed in pieces, by (session, request), how many columns there are after this one.
+    It is the only one in its action.
     """
 
     requests: tuple[tuple[int, int, object], ...]

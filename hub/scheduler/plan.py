@@ -20,17 +20,19 @@ def next_compute(state: State) -> act.Compute | None:
 
 
 def _inference(state: State) -> act.RunInfer:
-    """The narrow requests that wait, and with them the next columns of the first wide one.
+    """The narrow requests that wait, and the next columns of the first wide one, in turn.
 
-    A forward with such a piece takes long, so all narrow ones go with it.
+    Not together: whoever asks during a piece would wait for it, and then for the next one to be answered. All narrow
+    ones go between two pieces, as their edges had the time of a piece.
     """
     wide = [item for item in state.infers if item[:2] in state.wide]
     narrow = [item for item in state.infers if item[:2] not in state.wide]
     if not wide:
         return act.RunInfer(_half(state, narrow))
+    if narrow and not state.narrow_last:
+        return act.RunInfer(tuple(narrow))
     key, how = wide[0][:2], state.wide[wide[0][:2]]
-    upto = min(how.have + how.step, how.columns)
-    return act.RunInfer((*narrow, wide[0]), {key: upto})
+    return act.RunInfer((wide[0],), {key: min(how.have + how.step, how.columns)})
 
 
 def _half(state: State, waiting: list[tuple[int, int, object]]) -> tuple[tuple[int, int, object], ...]:
@@ -91,8 +93,9 @@ def begin(state: State, action: act.Compute) -> None:
         case act.RunInfer():
             state.inferring = [(session, request) for session, request, _ in action.requests]
             state.infers = [item for item in state.infers if item[:2] not in state.inferring]
+            _advance(state, action)
             # Training waits until what was begun is whole: else a prompt would wait for a step at each of its pieces.
-            state.inferred_last = not _part(state, action)
+            state.inferred_last = not any(0 < wide.have < wide.columns for wide in state.wide.values())
             state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
@@ -116,12 +119,11 @@ def begin(state: State, action: act.Compute) -> None:
             state.inferred_last = False
 
 
-def _part(state: State, action: act.RunInfer) -> bool:
-    """Note how far the wide request will come; whether a part of it is left."""
+def _advance(state: State, action: act.RunInfer) -> None:
+    """Note how far the wide request of an action comes, if it has one."""
+    state.narrow_last = not action.upto
     for key, upto in action.upto.items():
         wide = state.wide[key]
         wide.have = upto
         if upto < wide.columns:
-            state.parted = action.requests[-1]
-            return True
-    return False
+            (state.parted,) = action.requests

@@ -117,6 +117,8 @@ class State:
     wide: dict[tuple[int, int], Wide] = field(default_factory=dict)
     #: the one of which a part is under way; the rest of it waits
     parted: tuple[int, int, object] | None = None
+    #: the last inference was no piece of a wide request, so one goes first now
+    narrow_last: bool = False
     #: caches to drop: (session, stream), stream 0 for all
     freeing: list[tuple[int, int]] = field(default_factory=list)
     #: (session, request, round) of edges that wait for a publication

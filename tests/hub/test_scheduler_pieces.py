@@ -32,11 +32,9 @@ def narrow(session: int) -> ev.Event:
     return ev.InferReceived(session, 1, f"n{session}")
 
 
-def run(*payloads: str, upto: int | None = None, request: int = 1) -> act.Action:
-    """The last of the payloads is the wide one, when there is `upto`."""
-    numbers = [1] * (len(payloads) - 1) + [request]
-    requests = tuple((int(payload[1:]), number, payload) for payload, number in zip(payloads, numbers, strict=True))
-    return act.RunInfer(requests, {} if upto is None else {requests[-1][:2]: upto})
+def run(*payloads: str, upto: int | None = None) -> act.Action:
+    requests = tuple((int(payload[1:]), 1, payload) for payload in payloads)
+    return act.RunInfer(requests, {} if upto is None else {requests[0][:2]: upto})
 
 
 def done(*sessions: int) -> ev.Event:
@@ -47,18 +45,25 @@ def answers(*sessions: int) -> list[act.Action]:
     return [act.AnswerInfer(session, 1, "X") for session in sessions]
 
 
-def test_a_prompt_goes_in_pieces_and_whoever_waits_goes_with_each(hub: Scheduler) -> None:
+def test_a_prompt_goes_in_pieces_and_whoever_waits_goes_between_them(hub: Scheduler) -> None:
+    """All of them: they are not halved, as their edges had the time of a piece."""
     play(hub, [
         (wide(8, columns=120, rows=2), [run("w8", upto=50)]),
         (narrow(9), []),
         (wide(7, columns=101), []),
         (wide(6, columns=100), []),
-        (done(), [run("n9", "w6", "w8", upto=100)]),
-        (done(9, 6), [*answers(9, 6), run("w8", upto=120)]),
-        (done(8), [*answers(8), run("w7", upto=100)]),
+        (done(), [run("n9", "w6")]),
+        (narrow(9), []),
+        (done(9, 6), [*answers(9, 6), run("w8", upto=100)]),
+        (done(), [run("n9")]),
+        (done(9), [*answers(9), run("w8", upto=120)]),
         (narrow(1), []), (narrow(2), []), (narrow(3), []), (narrow(4), []), (narrow(5), []),
-        (done(), [run("n1", "n2", "n3", "n4", "n5", "w7", upto=101)]),
+        (done(8), [*answers(8), run("n1", "n2", "n3", "n4", "n5")]),
+        (done(1, 2, 3, 4, 5), [*answers(1, 2, 3, 4, 5), run("w7", upto=100)]),
+        (done(), [run("w7", upto=101)]),
+        (done(7), answers(7)),
     ])  # fmt: skip
+    assert (hub.state.wide, hub.state.parted, hub.state.infers) == ({}, None, [])
 
 
 def test_a_request_that_fails_is_not_gone_on_with(hub: Scheduler) -> None:
@@ -104,7 +109,8 @@ def test_training_goes_on_when_a_prompt_is_whole(hub: Scheduler) -> None:
         (ev.SmashedReceived(1, 5, 0, "s1"), []),
         (ev.SmashedReceived(2, 5, 0, "s2"), []),
         (narrow(9), []),
-        (done(), [run("n9", "w8", upto=200)]),
+        (done(), [run("n9")]),
         (wide(7, columns=200), []),
-        (done(9, 8), [*answers(9, 8), forward]),
+        (done(9), [*answers(9), run("w8", upto=200)]),
+        (done(8), [*answers(8), forward]),
     ])  # fmt: skip

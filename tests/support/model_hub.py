@@ -453,7 +453,7 @@ class ModelHub:
         if isinstance(action, act.RunInfer):
             self._passed_inference = 0
             # The pieces of a request are one turn.
-            turn = state.parted is None
+            turn = not any(0 < wide.have < wide.columns for wide in state.wide.values())
             self._passed_training = self._passed_training + turn if training_is_ready(state) else 0
         elif isinstance(action, _TRAINING):
             self._passed_training = 0

@@ -1,4 +1,4 @@
-"""The group `hub`: what batching gains at the hub alone, what a session costs there, and what a prompt does to others."""
+"""The group `hub`: what batching gains at the hub alone, what a session costs, and what a prompt does to others."""
 
 from __future__ import annotations
 
