@@ -7,6 +7,8 @@ from hub.scheduler.state import Member, Phase, State
 
 #: With fewer sessions than this, all that wait are served in one batch.
 _FEW = 4
+#: A piece of a prompt is so many times as large while no other session generates.
+_ALONE = 4
 
 
 def next_compute(state: State) -> act.Compute | None:
@@ -32,7 +34,10 @@ def _inference(state: State) -> act.RunInfer:
     if narrow and not state.narrow_last:
         return act.RunInfer(tuple(narrow))
     key, how = wide[0][:2], state.wide[wide[0][:2]]
-    return act.RunInfer((wide[0],), {key: min(how.have + how.step, how.columns)})
+    # A session that generates alone makes nobody wait but who comes just now.
+    alone = not narrow and state.inferred_lately() <= {key[0]}
+    step = how.step * (_ALONE if alone else 1)
+    return act.RunInfer((wide[0],), {key: min(how.have + step, how.columns)})
 
 
 def _half(state: State, waiting: list[tuple[int, int, object]]) -> tuple[tuple[int, int, object], ...]:

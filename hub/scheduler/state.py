@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-#: positions of a forward; see `State.chunk`
-CHUNK = 128
+#: see `State.chunk`: below this, prompts take longer in pieces than as a whole
+CHUNK = 256
 
 
 class Phase(Enum):
@@ -111,7 +111,7 @@ class State:
     joined: tuple[int, ...] = ()
     #: inference requests that wait: (session, request, payload)
     infers: list[tuple[int, int, object]] = field(default_factory=list)
-    #: of a request of more positions, this many are computed at a time, so that other generations wait for no more
+    #: of a request of more positions, this many are computed at a time while others generate: they wait for no more
     chunk: int = CHUNK
     #: the requests of which that holds, (session, request), waiting or under way
     wide: dict[tuple[int, int], Wide] = field(default_factory=dict)

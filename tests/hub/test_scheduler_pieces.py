@@ -15,7 +15,8 @@ from messaging.errors import ErrorCode, HubError
 
 @pytest.fixture
 def hub() -> Scheduler:
-    return Scheduler(State(2, 20, 0, chunk=100))
+    """Another session, 20, generates."""
+    return Scheduler(State(2, 20, 0, chunk=100, recent=(frozenset({20}), frozenset({20}))))
 
 
 def play(scheduler: Scheduler, rows: Sequence[tuple[ev.Event, Sequence[act.Action]]]) -> None:
@@ -66,6 +67,19 @@ def test_a_prompt_goes_in_pieces_and_whoever_waits_goes_between_them(hub: Schedu
     assert (hub.state.wide, hub.state.parted, hub.state.infers) == ({}, None, [])
 
 
+def test_a_session_that_generates_alone_has_larger_pieces(hub: Scheduler) -> None:
+    hub.state.recent = ()
+    play(hub, [
+        (wide(8, columns=1500, rows=2), [run("w8", upto=200)]),
+        (done(), [run("w8", upto=400)]),
+        (narrow(9), []),
+        (done(), [run("n9")]),
+        (done(9), [*answers(9), run("w8", upto=450)]),
+        (done(), [run("w8", upto=500)]),
+        (done(), [run("w8", upto=700)]),
+    ])  # fmt: skip
+
+
 def test_a_request_that_fails_is_not_gone_on_with(hub: Scheduler) -> None:
     error = HubError(ErrorCode.KV_FULL, "full")
     play(hub, [
@@ -94,7 +108,6 @@ def test_the_next_process_of_an_edge_begins_at_the_first_column(hub: Scheduler) 
         (wide(8, columns=250), []),
         (done(), [act.FreeStreams(((8, 0),))]),
         (ev.HousekeepingDone(), [run("w8", upto=100)]),
-        (done(), [run("w8", upto=200)]),
         (done(), [run("w8", upto=250)]),
     ])  # fmt: skip
 

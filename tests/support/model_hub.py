@@ -100,7 +100,7 @@ class ModelHub:
     def _begin(self) -> None:
         point, self.writing = self.durable, []
         self.starts += 1
-        state = State(self.cohort, self.round_steps, self.rounds)
+        state = State(self.cohort, self.round_steps, self.rounds, chunk=50)
         if point is not None:
             state.hub_step, state.round = point.hub_step, point.round
             state.round_step, state.version = point.round_step, point.version
@@ -335,7 +335,7 @@ class ModelHub:
         rows, columns = shape_of(content)
         have, upto = self.engine.parts.pop((session, request), 0), action.upto.get((session, request), columns)
         assert have < upto <= columns, "each piece of a request goes on where the one before ended"
-        assert rows * (upto - have) <= max(self.scheduler.state.chunk, rows), "no piece is larger than a chunk"
+        assert rows * (upto - have) <= 4 * self.scheduler.state.chunk, "no piece is larger than four chunks"
         if upto < columns:
             self.engine.parts[session, request] = upto
         return upto == columns
