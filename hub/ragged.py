@@ -10,6 +10,7 @@ of its own, [positions, 1, hidden]: a prompt, a few drafted tokens and single to
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hub.kv import BatchCache, RaggedStates
 
+#: What asks for more of "sdpa" than a product of queries, keys and values.
+_SPECIAL = ("position_bias", "softcap", "output_attentions", "s_aux")
 #: The batch of streams that this thread runs; None for a plain batch.
 BATCH: ContextVar[BatchCache | None] = ContextVar("batch", default=None)
 
@@ -46,6 +49,8 @@ def _attention_over(base: str) -> Any:
             return run(module, query, key, value, attention_mask, **kwargs)
         batch = BATCH.get()
         assert batch is not None
+        if base == "sdpa" and batch.single and attention_mask is None and kwargs.keys().isdisjoint(_SPECIAL):
+            return _single_tokens(module, query.split(batch.sizes), key.items, value.items, kwargs.get("scaling")), None
         outputs = []
         queries = query.split(batch.sizes)
         for member, own_query, keys, values in zip(batch.inside, queries, key.items, value.items, strict=True):
@@ -58,6 +63,26 @@ def _attention_over(base: str) -> Any:
     return attention
 
 
+def _single_tokens(
+    module: Any,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    scale: Any,
+) -> torch.Tensor:
+    """What transformers' "sdpa" does with one new position a row and no mask, without what it spends on each call.
+
+    queries: [rows, heads, 1, dim] a stream. Returns [positions, 1, heads, dim].
+    """
+    shared = getattr(module, "num_key_value_groups", 1) > 1
+    attend = torch.nn.functional.scaled_dot_product_attention
+    outputs = [
+        attend(query, key, value, scale=scale, enable_gqa=shared)
+        for query, key, value in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(outputs).transpose(1, 2)
+
+
 def _mask_over(base: str) -> Any:
     make = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
@@ -65,6 +90,8 @@ def _mask_over(base: str) -> Any:
         batch = BATCH.get()
         if batch is None:
             return make(**kwargs)
+        if base == "sdpa" and batch.single and _see_all(batch, kwargs):
+            return None
         own = []
         for member in batch.members:
             past = member.cache.past
@@ -83,3 +110,9 @@ def _mask_over(base: str) -> Any:
         return RaggedStates(tuple(own))
 
     return masks
+
+
+def _see_all(batch: BatchCache, kwargs: Any) -> bool:
+    """Whether every new position sees all of its stream: one position a row, no padding, no window."""
+    unmasked = all(member.mask is None for member in batch.members)
+    return unmasked and kwargs.get("local_size") is None and bool(kwargs.get("allow_is_causal_skip", True))

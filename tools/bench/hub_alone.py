@@ -17,12 +17,12 @@ GROWTH = {
 }
 KEPT = "memory per session / bytes of its keys and values, 8 sessions of 1,000 positions"
 _BESIDE = "p95 of the time between two tokens of 3 sessions while another sends prompts of 2,048"
-WAIT = f"{_BESIDE} / (2 x undisturbed + one piece of a prompt)"
+WAIT = f"{_BESIDE} / (2 x undisturbed + p95 of a piece of a prompt)"
 WAIT_MS = {
     "alone": "p95 of the time between two tokens of 3 sessions, undisturbed, ms",
     "whole": f"{_BESIDE}, each computed whole, ms",
     "pieces": f"{_BESIDE}, in pieces, ms",
-    "piece": "one forward with a piece of a prompt of 2,048, ms",
+    "piece": "p95 of a forward with a piece of a prompt of 2,048, ms",
 }
 ROWS = (*GAIN.values(), *GROWTH.values(), KEPT, WAIT, *WAIT_MS.values())
 
