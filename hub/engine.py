@@ -178,14 +178,14 @@ class Engine:
 
     @torch.inference_mode()
     def infer(self, items: Sequence[InferItem], upto: Mapping[int, int] | None = None) -> list[Outcome | None]:
-        """Answer each request; those of one adapter version run as one batch, whatever their widths.
+        """Answer each request; those of one adapter version run as one batch, of streams whatever their widths.
 
         upto: by index, how many columns of a stream's request are to be computed when this returns, if not all. The
         answer is None until all are; the same item, given again, is gone on with.
         """
         out: dict[int, Outcome | None] = {}
         begun: set[tuple[int, int]] = set()
-        once: dict[int, list[tuple[int, Part]]] = {}
+        once: dict[tuple[int, int], list[tuple[int, Part]]] = {}
         cached: dict[int, list[tuple[int, Work]]] = {}
         for index, item in enumerate(items):
             try:
@@ -197,10 +197,10 @@ class Engine:
                     cached.setdefault(item.version, []).append((index, work))
                 else:
                     part = Part(states_of(), item.layout, item.place)
-                    once.setdefault(item.version, []).append((index, part))
+                    once.setdefault((item.version, item.layout.width), []).append((index, part))
             except FedseaError as error:
                 out[index] = error
-        for version, parts in once.items():
+        for (version, _), parts in once.items():
             out |= self._infer_once(self._use_version(version), parts)
         for version, works in cached.items():
             out |= self._infer_cached(self._use_version(version), works, upto or {})
