@@ -187,8 +187,10 @@ class Desk:
             layout,
             message.order,
             message.smashed,
+            session.key,
         )
-        return ev.InferReceived(session.seat, request, item)
+        # What keeps no cache is computed as a whole.
+        return ev.InferReceived(session.seat, request, item, layout.rows, layout.width if message.stream else 1)
 
     def _layout(self, tensor: m.Tensor, ints: tuple[int, ...], past: int) -> Layout:
         if len(tensor.shape) != 3 or tensor.shape[2] != self.served.hidden_size:

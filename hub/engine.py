@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -27,7 +28,7 @@ from hub.answers import gradient_like, hidden_like
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import KvBudget
-from hub.streams import Streams
+from hub.streams import Streams, Work
 from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError
 
 _TRAIN = "training_copy"
@@ -177,58 +178,80 @@ class Engine:
     # -- generation ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def infer(self, items: Sequence[InferItem]) -> list[Outcome]:
-        """Answer each request; those of equal width and adapter version run as one batch."""
-        out: dict[int, Outcome] = {}
+    def infer(self, items: Sequence[InferItem], upto: Mapping[int, int] | None = None) -> list[Outcome | None]:
+        """Answer each request; those of one adapter version run as one batch, of streams whatever their widths.
+
+        upto: by index, how many columns of a stream's request are to be computed when this returns, if not all. The
+        answer is None until all are; the same item, given again, is gone on with.
+        """
+        out: dict[int, Outcome | None] = {}
         begun: set[tuple[int, int]] = set()
-        ready: dict[tuple[int, int, bool], list[tuple[int, Part]]] = {}
+        once: dict[tuple[int, int], list[tuple[int, Part]]] = {}
+        cached: dict[int, list[tuple[int, Work]]] = {}
         for index, item in enumerate(items):
             try:
-                states = self._states(item.smashed, item.layout, cached=item.stream != 0)
                 if item.version not in self._versions:
                     raise HubError(ErrorCode.BEHIND, f"adapter version {item.version} is no longer served: join again")
+                states_of = partial(self._states, item.smashed, item.layout, cached=item.stream != 0)
                 if item.stream:
-                    self._streams.prepare(item, begun)
+                    work = self._streams.work(item, begun, states_of)
+                    cached.setdefault(item.version, []).append((index, work))
+                else:
+                    part = Part(states_of(), item.layout, item.place)
+                    once.setdefault((item.version, item.layout.width), []).append((index, part))
             except FedseaError as error:
                 out[index] = error
-                continue
-            key = (item.version, item.layout.width, item.stream != 0)
-            ready.setdefault(key, []).append((index, Part(states, item.layout, item.place)))
-        for (version, _, cached), group in ready.items():
-            blocks = self._use_version(version)
-            out |= (self._infer_cached if cached else self._infer_once)(blocks, items, group)
+        for (version, _), parts in once.items():
+            out |= self._infer_once(self._use_version(version), items, parts)
+        for version, works in cached.items():
+            out |= self._infer_cached(self._use_version(version), works, upto or {})
         return [out[index] for index in range(len(items))]
 
     def _infer_once(
         self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
-    ) -> dict[int, Outcome]:
+    ) -> dict[int, Outcome | None]:
         hidden = self._run_joined(blocks, [part for _, part in group])
         return {i: hidden_like(states, items[i].smashed) for (i, _), states in zip(group, hidden, strict=True)}
 
     def _infer_cached(
-        self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
-    ) -> dict[int, Outcome]:
-        out: dict[int, Outcome] = {}
-        batches = [group] if self._batches else [[one] for one in group]
-        for batch in batches:
-            caches = [self._streams.of(items[index]) for index, _ in batch]
-            self.forwards += 1
-            try:
-                hidden = streams.run(blocks, [part for _, part in batch], caches, self.settings.device)
-            except HubError as error:
+        self, blocks: MiddleBlocks, group: list[tuple[int, Work]], upto: Mapping[int, int]
+    ) -> dict[int, Outcome | None]:
+        out: dict[int, Outcome | None] = {}
+        for batch in [group] if self._batches else [[one] for one in group]:
+            error = self._advance(blocks, [(work, upto.get(index, work.item.layout.width)) for index, work in batch])
+            if error is None:
+                out |= {index: self._answer(work) for index, work in batch}
+            elif len(batch) > 1:
                 # The KV budget ran out part of the way. Those for whom there is room alone are served.
-                for cache in caches:
-                    cache.undo()
-                if len(batch) > 1:
-                    for one in batch:
-                        out |= self._infer_cached(blocks, items, [one])
-                else:
-                    ((index, _),) = batch
-                    out[index] = error
-                    self.close_stream(items[index].session, items[index].stream)
-                continue
-            out |= {i: hidden_like(states, items[i].smashed) for (i, _), states in zip(batch, hidden, strict=True)}
+                for one in batch:
+                    out |= self._infer_cached(blocks, [one], upto)
+            else:
+                ((index, work),) = batch
+                out[index] = error
+                self.close_stream(work.item.session, work.item.stream)
         return out
+
+    def _advance(self, blocks: MiddleBlocks, works: Sequence[tuple[Work, int]]) -> HubError | None:
+        """Compute each work up to its column in one forward; all stand where they stood if there is an error."""
+        missing = [(work, work.piece(columns)) for work, columns in works if columns > work.have]
+        if not missing:
+            return None
+        self.forwards += 1
+        try:
+            hidden = streams.run(blocks, [piece for _, piece in missing])
+        except HubError as error:
+            for work, _ in missing:
+                work.cache.undo()
+            return error
+        for (work, _), states in zip(missing, hidden, strict=True):
+            work.add(states)
+        return None
+
+    def _answer(self, work: Work) -> Outcome | None:
+        if not work.whole:
+            return None
+        self._streams.done(work)
+        return hidden_like(work.answer(), work.item.smashed)
 
     def close_stream(self, session: int, stream: int) -> None:
         """Free a stream's memory; an unknown one is no error."""

@@ -55,6 +55,8 @@ class InferItem:
     layout: Layout
     order: tuple[int, ...]
     smashed: Tensor
+    #: the edge that may be given again what is computed of this; empty: nobody
+    owner: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, deserialize
 from blocks import adapters
 from hub.aggregate import Contribution
 from hub.engine import Engine
-from hub.jobs import EdgeAdapter, StepItem
+from hub.jobs import EdgeAdapter, InferItem, StepItem
 from hub.membership import Answered, MemberNote, answers_to_tensors, notes_to_json
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
@@ -119,9 +119,7 @@ class Worker:
             case act.RunBackward():
                 return ev.BackwardDone(self.engine.step_backward(action.gradients))
             case act.RunInfer():
-                outcomes = self.engine.infer([item for _, _, item in action.requests])  # type: ignore[misc]
-                pairs = zip(action.requests, outcomes, strict=True)
-                return ev.InferDone(tuple((session, request, outcome) for (session, request, _), outcome in pairs))
+                return self._infer(action)
             case act.CloseRound():
                 return self._close_round(action, progress, pinned)
             case act.FreeStreams():
@@ -138,6 +136,13 @@ class Worker:
         items = [item for _, item in action.payloads if isinstance(item, StepItem)]
         answers = self.engine.step_forward(items)
         return ev.ForwardDone(answers, {item.session: item.digest() for item in items})
+
+    def _infer(self, action: act.RunInfer) -> ev.Event:
+        items = [item for _, _, item in action.requests if isinstance(item, InferItem)]
+        upto = {i: action.upto[at[:2]] for i, at in enumerate(action.requests) if at[:2] in action.upto}
+        outcomes = self.engine.infer(items, upto)
+        pairs = zip(action.requests, outcomes, strict=True)
+        return ev.InferDone(tuple((at[0], at[1], answer) for at, answer in pairs if answer is not None))
 
     def _close_round(self, action: act.CloseRound, progress: Progress, pinned: set[int]) -> ev.Event:
         parts = [self._contribution(upload) for upload in action.uploads if isinstance(upload, EdgeAdapter)]

@@ -6,7 +6,7 @@ At most one of the compute actions (RunForward .. FreeStreams) is under way at a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from messaging.errors import ErrorCode
 
@@ -31,9 +31,14 @@ class RunBackward:
 
 @dataclass(frozen=True)
 class RunInfer:
-    """Answer these requests in as few forwards as possible: (session, request, payload)."""
+    """Compute these requests in as few forwards as possible: (session, request, payload).
+
+    `upto`: of a request that is computed in pieces, by (session, request), how many columns there are after this one.
+    It is the only one in its action.
+    """
 
     requests: tuple[tuple[int, int, object], ...]
+    upto: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler import plan
-from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State
+from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State, Wide
 from messaging.errors import ErrorCode
 
 
@@ -43,7 +43,7 @@ class Scheduler:
             case ev.GradientReceived():
                 self._gradient(event)
             case ev.InferReceived():
-                self.state.infers.append((event.session, event.request, event.payload))
+                self._asked(event)
             case ev.StreamClosed():
                 self.state.freeing.append((event.session, event.stream))
             case ev.AdapterUploaded():
@@ -93,6 +93,7 @@ class Scheduler:
         state = self.state
         state.infers = [item for item in state.infers if item[0] != session]
         state.inferring = [item for item in state.inferring if item[0] != session]
+        state.wide = {key: wide for key, wide in state.wide.items() if key[0] != session}
         state.awaiting = [item for item in state.awaiting if item[0] != session]
         state.freeing.append((session, 0))
 
@@ -303,10 +304,23 @@ class Scheduler:
             self._replaced(member, member.smashed)
             member.smashed = None
 
+    def _asked(self, event: ev.InferReceived) -> None:
+        state = self.state
+        state.infers.append((event.session, event.request, event.payload))
+        step = max(state.chunk // event.rows, 1)
+        if event.columns > step:
+            state.wide[event.session, event.request] = Wide(event.columns, step)
+
     def _infer_done(self, event: ev.InferDone) -> None:
         state = self.state
         state.busy = False
         wanted, state.inferring = set(state.inferring), []
+        parted, state.parted = state.parted, None
+        answered = wanted & {answer[:2] for answer in event.answers}
+        state.wide = {key: wide for key, wide in state.wide.items() if key not in answered}
+        if parted is not None and parted[:2] in wanted - answered:
+            # The rest of it goes on before other requests of its kind.
+            state.infers.insert(0, parted)
         self._out += [act.AnswerInfer(*answer) for answer in event.answers if answer[:2] in wanted]
 
     # -- rounds ------------------------------------------------------------------------------------

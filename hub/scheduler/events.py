@@ -81,11 +81,16 @@ class GradientReceived:
 
 @dataclass(frozen=True)
 class InferReceived:
-    """A generation or an evaluation asks for a forward."""
+    """A generation or an evaluation asks for a forward of `rows` x `columns` positions.
+
+    It may be computed some columns at a time, unless `columns` is 1.
+    """
 
     session: int
     request: int
     payload: object
+    rows: int = 1
+    columns: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class BackwardDone:
 
 @dataclass(frozen=True)
 class InferDone:
-    """A batch of inference was computed: (session, request, answer)."""
+    """A batch of inference was computed: (session, request, answer), without those of which a part is missing."""
 
     answers: tuple[tuple[int, int, object], ...]
 

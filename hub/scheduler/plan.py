@@ -7,6 +7,8 @@ from hub.scheduler.state import Member, Phase, State
 
 #: With fewer sessions than this, all that wait are served in one batch.
 _FEW = 4
+#: A piece of a prompt is so many times as large while no other session generates.
+_ALONE = 4
 
 
 def next_compute(state: State) -> act.Compute | None:
@@ -15,21 +17,40 @@ def next_compute(state: State) -> act.Compute | None:
         return act.FreeStreams(tuple(state.freeing))
     training = _next_training(state)
     if state.infers and (training is None or not state.inferred_last):
-        return act.RunInfer(_half(state))
+        return _inference(state)
     return training
 
 
-def _half(state: State) -> tuple[tuple[int, int, object], ...]:
+def _inference(state: State) -> act.RunInfer:
+    """The narrow requests that wait, and the next columns of the first wide one, in turn.
+
+    Not together: whoever asks during a piece would wait for it, and then for the next one to be answered. All narrow
+    ones go between two pieces, as their edges had the time of a piece.
+    """
+    wide = [item for item in state.infers if item[:2] in state.wide]
+    narrow = [item for item in state.infers if item[:2] not in state.wide]
+    if not wide:
+        return act.RunInfer(_half(state, narrow))
+    if narrow and not state.narrow_last:
+        return act.RunInfer(tuple(narrow))
+    key, how = wide[0][:2], state.wide[wide[0][:2]]
+    # A session that generates alone makes nobody wait but who comes just now.
+    alone = not narrow and state.inferred_lately() <= {key[0]}
+    step = how.step * (_ALONE if alone else 1)
+    return act.RunInfer((wide[0],), {key: min(how.have + step, how.columns)})
+
+
+def _half(state: State, waiting: list[tuple[int, int, object]]) -> tuple[tuple[int, int, object], ...]:
     """Of the requests that wait, those of at most half of the sessions that generate now.
 
     So there are two batches on their way: while the hub computes one, the edges work on the other. In a single one
     all would wait for the hub, and then the hub for all of them.
     """
-    waiting = dict.fromkeys(session for session, _, _ in state.infers)
-    generating = len(waiting.keys() | state.inferred_lately())
+    sessions = dict.fromkeys(session for session, _, _ in waiting)
+    generating = len(sessions.keys() | state.inferred_lately())
     most = generating if generating < _FEW else -(-generating // 2)
-    chosen = set(list(waiting)[:most])
-    return tuple(item for item in state.infers if item[0] in chosen)
+    chosen = set(list(sessions)[:most])
+    return tuple(item for item in waiting if item[0] in chosen)
 
 
 def _next_training(state: State) -> act.Compute | None:
@@ -77,7 +98,9 @@ def begin(state: State, action: act.Compute) -> None:
         case act.RunInfer():
             state.inferring = [(session, request) for session, request, _ in action.requests]
             state.infers = [item for item in state.infers if item[:2] not in state.inferring]
-            state.inferred_last = True
+            _advance(state, action)
+            # Training waits until what was begun is whole: else a prompt would wait for a step at each of its pieces.
+            state.inferred_last = not any(0 < wide.have < wide.columns for wide in state.wide.values())
             state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
@@ -99,3 +122,13 @@ def begin(state: State, action: act.Compute) -> None:
                     member.gradient = None
         case act.CloseRound():
             state.inferred_last = False
+
+
+def _advance(state: State, action: act.RunInfer) -> None:
+    """Note how far the wide request of an action comes, if it has one."""
+    state.narrow_last = not action.upto
+    for key, upto in action.upto.items():
+        wide = state.wide[key]
+        wide.have = upto
+        if upto < wide.columns:
+            (state.parted,) = action.requests

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+#: see `State.chunk`: below this, prompts take longer in pieces than as a whole
+CHUNK = 256
+
 
 class Phase(Enum):
     """Where the cohort is between two optimizer steps of B."""
@@ -36,6 +39,15 @@ class GradGiven:
     answer: object
     hub_step: int
     closes: bool
+
+
+@dataclass
+class Wide:
+    """How far a request has come that is computed some columns at a time: `have` of `columns`, `step` at once."""
+
+    columns: int
+    step: int
+    have: int = 0
 
 
 @dataclass
@@ -99,6 +111,14 @@ class State:
     joined: tuple[int, ...] = ()
     #: inference requests that wait: (session, request, payload)
     infers: list[tuple[int, int, object]] = field(default_factory=list)
+    #: of a request of more positions, this many are computed at a time while others generate: they wait for no more
+    chunk: int = CHUNK
+    #: the requests of which that holds, (session, request), waiting or under way
+    wide: dict[tuple[int, int], Wide] = field(default_factory=dict)
+    #: the one of which a part is under way; the rest of it waits
+    parted: tuple[int, int, object] | None = None
+    #: the last inference was no piece of a wide request, so one goes first now
+    narrow_last: bool = False
     #: caches to drop: (session, stream), stream 0 for all
     freeing: list[tuple[int, int]] = field(default_factory=list)
     #: (session, request, round) of edges that wait for a publication

@@ -203,6 +203,7 @@ class Honest(RuleBasedStateMachine):
         assert not self.hub.open, "every request is answered in the end"
         left = (state.members, state.awaiting, state.infers, state.answering, state.inferring, state.freeing)
         assert left == ({}, [], [], {}, [], []), "nothing is kept of who is gone"
+        assert (state.wide, state.parted) == ({}, None), "nor of how far their requests came"
         assert not self.hub.engine.caches, "no cache outlives its session"
 
     def come_to_an_end(self) -> None:
@@ -249,6 +250,7 @@ class Honest(RuleBasedStateMachine):
     def rule_nothing_is_kept_of_sessions_that_are_gone(self) -> None:
         state, here = self.hub.scheduler.state, self.hub.seats.keys()
         assert {s for s, _, _ in (*state.awaiting, *state.infers)} | {s for s, _ in state.inferring} <= here
+        assert {session for session, _ in state.wide} <= here
         assert state.answering.keys() <= here & state.members.keys()
         assert all(session in here or member.upload for session, member in state.members.items())
 

@@ -22,6 +22,12 @@ from tests.support.model_edge import Adapter, Ask, Grad, Gradient, Hidden, Publi
 _TRAINING = (act.RunForward, act.RunBackward, act.CloseRound)
 
 
+def shape_of(content: object) -> tuple[int, int]:
+    """Rows and columns of a request for inference: those that read with stream 2 send wide ones."""
+    stream, pick = content  # type: ignore[misc]
+    return (1 + pick % 3, 40 * (pick % 9) + 1) if stream == 2 else (1, 1)
+
+
 @dataclass
 class Seat:
     """A session, by its seat; `number` is that of the process that sits there."""
@@ -71,6 +77,8 @@ class Engine:
     log: tuple[tuple[str, ...], ...] = ()
     pending: dict[int, Hidden] = field(default_factory=dict)
     caches: set[tuple[int, int]] = field(default_factory=set)
+    #: columns computed of requests of which a part is missing
+    parts: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class ModelHub:
@@ -92,7 +100,7 @@ class ModelHub:
     def _begin(self) -> None:
         point, self.writing = self.durable, []
         self.starts += 1
-        state = State(self.cohort, self.round_steps, self.rounds)
+        state = State(self.cohort, self.round_steps, self.rounds, chunk=50)
         if point is not None:
             state.hub_step, state.round = point.hub_step, point.round
             state.round_step, state.version = point.round_step, point.version
@@ -262,7 +270,7 @@ class ModelHub:
                     self.trained -= {seat.seat} - self.uploaded
                 self.tell(ev.RoundAwaited(seat.seat, request, ask.number))
             case _:
-                self.tell(ev.InferReceived(seat.seat, request, ask.content))
+                self.tell(ev.InferReceived(seat.seat, request, ask.content, *shape_of(ask.content)))
 
     def _leave(self, seat: Seat, done: bool) -> None:
         seat.left = True
@@ -307,7 +315,8 @@ class ModelHub:
                 self._step(action, bad, bad_one)
             case act.RunInfer():
                 engine.caches |= {(s, p[0]) for s, _, p in action.requests if p[0]}  # type: ignore[index]
-                self.tell(ev.InferDone(tuple((s, r, digest("x", p)) for s, r, p in action.requests)))
+                whole = [(s, r, p) for s, r, p in action.requests if self._computed(action, s, r, p)]
+                self.tell(ev.InferDone(tuple((s, r, digest("x", p)) for s, r, p in whole)))
             case act.CloseRound():
                 self._save_round(action)
                 self.writing, self._due = [], True
@@ -317,7 +326,19 @@ class ModelHub:
             case act.FreeStreams():
                 for session, stream in action.streams:
                     engine.caches -= {at for at in engine.caches if at[0] == session and stream in (0, at[1])}
+                    gone = [at for at in engine.parts if at[0] == session and stream == 0]
+                    engine.parts = {at: have for at, have in engine.parts.items() if at not in gone}
                 self.tell(ev.HousekeepingDone())
+
+    def _computed(self, action: act.RunInfer, session: int, request: int, content: object) -> bool:
+        """Compute columns of a request, as far as is asked; whether it is whole then."""
+        rows, columns = shape_of(content)
+        have, upto = self.engine.parts.pop((session, request), 0), action.upto.get((session, request), columns)
+        assert have < upto <= columns, "each piece of a request goes on where the one before ended"
+        assert rows * (upto - have) <= 4 * self.scheduler.state.chunk, "no piece is larger than four chunks"
+        if upto < columns:
+            self.engine.parts[session, request] = upto
+        return upto == columns
 
     def _step(self, action: act.RunBackward, bad: int | None, bad_one: Exception) -> None:
         engine, state = self.engine, self.scheduler.state
@@ -431,7 +452,9 @@ class ModelHub:
         state = self.scheduler.state
         if isinstance(action, act.RunInfer):
             self._passed_inference = 0
-            self._passed_training = self._passed_training + 1 if training_is_ready(state) else 0
+            # The pieces of a request are one turn.
+            turn = not any(0 < wide.have < wide.columns for wide in state.wide.values())
+            self._passed_training = self._passed_training + turn if training_is_ready(state) else 0
         elif isinstance(action, _TRAINING):
             self._passed_training = 0
             self._passed_inference = self._passed_inference + 1 if state.infers else 0

@@ -49,6 +49,50 @@ def decode(who: str, tokens: int, prompt: int = 32) -> float:
     return seconds
 
 
+def decode_cpu(tokens: int) -> float:
+    """CPU seconds of this process, all its threads, for one token of the split model."""
+    decode("split", tokens)
+    started = time.process_time()
+    decode("split", tokens)
+    return (time.process_time() - started) / tokens
+
+
+def at_context(length: int, tokens: int, naive: bool) -> float:
+    """Seconds for one token behind a context of `length`; naive: nobody keeps keys and values."""
+    torch = _torch()
+    model, ids = _held["split"], _ids(1, length + tokens)
+    with torch.no_grad():
+        cache = None if naive else model(ids[:, : length - 1], use_cache=True, logits_to_keep=1).past_key_values
+        started = time.perf_counter()
+        for last in range(length, length + tokens):
+            if naive:
+                model(ids[:, :last], use_cache=False, logits_to_keep=1)
+            else:
+                model(ids[:, last - 1 : last], past_key_values=cache, use_cache=True)
+    return (time.perf_counter() - started) / tokens
+
+
+def decoding(**arguments: Any) -> dict[str, Any]:
+    """Seconds of the hub's engine alone, and of the unsplit blocks; see alone.py."""
+    from tools.bench import alone
+
+    return alone.decoding(**arguments)
+
+
+def kv_memory(**arguments: Any) -> float:
+    """What a session costs the hub; see alone.py."""
+    from tools.bench import alone
+
+    return alone.memory(**arguments)
+
+
+def waiting(**arguments: Any) -> dict[str, float]:
+    """How long a token takes beside prompts; see waiting.py."""
+    from tools.bench import waiting
+
+    return waiting.waiting(**arguments)
+
+
 def prefill(who: str, tokens: int) -> float:
     """Seconds for one forward with a cache, the last position's logits kept."""
     torch = _torch()
@@ -235,5 +279,6 @@ TASKS: dict[str, Callable[..., Any]] = {
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
         teach_summaries, summarise, draft_random, train_peak, train_unsplit_peak, quantized_quality,
+        decode_cpu, at_context, decoding, kv_memory, waiting,
     )
 }  # fmt: skip
