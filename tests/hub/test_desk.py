@@ -14,7 +14,7 @@ from hub.scheduler.events import InferReceived
 from messaging.errors import ErrorCode, HubError
 from messaging.messages import Infer, Tensor, nbytes_of
 
-SESSION: Any = SimpleNamespace(seat=1, place=Place(1, 5))
+SESSION: Any = SimpleNamespace(seat=1, place=Place(1, 5), key="edge")
 
 
 def asked(dtype: str, rows: int) -> object:
