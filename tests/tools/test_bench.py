@@ -87,7 +87,7 @@ def test_unknown_rows_are_refused() -> None:
 
 def test_every_row_is_named_once() -> None:
     names = [row for _, rows in groups.GROUPS.values() for row in rows]
-    assert len(names) == len(set(names)) == 23
+    assert len(names) == len(set(names)) == 24
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

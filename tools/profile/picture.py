@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping
 
+from rich.console import Console
 from rich.text import Text
 
 from tools.profile.run import Profile
@@ -22,6 +25,15 @@ def draw(profile: Profile) -> Text:
     for title, parts in (("one decoded token", profile.token), ("one training step", profile.step)):
         _block(text, f"{title}, {sum(parts.values()):.1f} ms", parts)
     return text
+
+
+def svg(view: Text) -> str:
+    """The view as an SVG that loads nothing."""
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(view)
+    drawn = console.export_svg(title="where the time goes", unique_id="profile")
+    # rich's picture loads its font from the network; whoever looks at it has a monospace font of their own.
+    return re.sub(r"\s*@font-face\s*{[^}]*}", "", drawn)
 
 
 def _block(text: Text, title: str, parts: Mapping[str, float]) -> None:

@@ -7,13 +7,14 @@ import signal
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from tools.bench.models import Models
 from tools.bench.processes import cores
 from tools.profile import probes
 from tools.profile.spans import Span, labelled, read
-from tools.profile.sweep import Lane, charge, typical
+from tools.profile.sweep import Lane, charge, innermost, undisturbed
 from tools.programs import Programs
 
 #: Windows at the beginning that are left out: prefill, first touches of memory.
@@ -28,16 +29,20 @@ class Profile:
     step: dict[str, float]
 
 
-def measure(folder: Path, tokens: int, steps: int) -> Profile:
-    """Decode `tokens` tokens and take `steps` steps of 4 x 128, hidden 512 x 16 layers, one thread a side."""
-    model = Models(folder / "models").standard
+def standard(folder: Path) -> Path:
+    """The model that the benchmarks have too: hidden 512, 16 layers."""
+    return Models(folder / "models").standard
+
+
+def measure(folder: Path, model: Path, tokens: int, steps: int) -> Profile:
+    """Decode `tokens` tokens and take `steps` training steps of 4 x 128, partition 1:1, one thread a side."""
     with Programs(folder) as programs:
         generated = _spans(programs, model, "decode", (), _generate(model, tokens))
         cohort = ("--cohort", 1, "--round-steps", 100_000)
         trained = _spans(programs, model, "train", cohort, _train(folder, model, steps))
     begins = [span.begin for span in labelled(generated.main, probes.TOKEN_BEGINS)]
     starts = [span.begin for span in labelled(trained.main, probes.STEP)]
-    return Profile(_typical(generated, begins[_WARM_TOKENS:]), _typical(trained, starts[_WARM_STEPS:]))
+    return Profile(_parts(generated, begins[_WARM_TOKENS:]), _parts(trained, starts[_WARM_STEPS:]))
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,14 @@ class _Run:
             (self.edge, "network", "link: CURVE, socket, waking the edge's network thread"),
         )
         return [
-            Lane(tuple(span for span in spans if span.thread == thread), arrival) for spans, thread, arrival in threads
+            Lane(innermost([span for span in spans if span.thread == thread]), arrival)
+            for spans, thread, arrival in threads
         ]
 
 
-def _typical(run: _Run, begins: Sequence[int]) -> dict[str, float]:
+def _parts(run: _Run, begins: Sequence[int]) -> dict[str, float]:
     lanes = run.lanes()
-    return typical([charge(lanes, begin, end) for begin, end in zip(begins, begins[1:], strict=False)])
+    return undisturbed([charge(lanes, begin, end) for begin, end in pairwise(begins)])
 
 
 def _generate(model: Path, tokens: int) -> tuple[object, ...]:
@@ -106,4 +112,3 @@ def _spans(
         raise RuntimeError(f"the edge ended with {done.code}: {done.err[-2000:]}")
     hub.process.end(signal.SIGTERM)
     return _Run(read(files["edge"]), read(files["hub"]))
-

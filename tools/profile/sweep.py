@@ -7,18 +7,12 @@ innermost of its calls; a moment in which no lane does anything is on its way to
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tools.profile.spans import WAITING, Span
-
-
-@dataclass(frozen=True)
-class Lane:
-    """A thread as the sweep sees it; `arrival` names what passes before it goes on when nothing else runs."""
-
-    spans: tuple[Span, ...]
-    arrival: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +22,20 @@ class Piece:
     label: str
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A thread: its pieces in order, and what passes before it goes on when nothing else runs."""
+
+    pieces: list[Piece]
+    arrival: str
+
+    def between(self, begin: int, end: int) -> list[Piece]:
+        """The pieces that reach into a window."""
+        first = bisect_right(self.pieces, begin, key=lambda piece: piece.end)
+        last = bisect_left(self.pieces, end, key=lambda piece: piece.begin)
+        return self.pieces[first:last]
 
 
 def innermost(spans: Sequence[Span]) -> list[Piece]:
@@ -56,36 +64,42 @@ def innermost(spans: Sequence[Span]) -> list[Piece]:
 
 def charge(lanes: Sequence[Lane], begin: int, end: int) -> dict[str, int]:
     """Nanoseconds by label between `begin` and `end`; they sum to the window. The foremost lane comes first."""
-    inside = [
-        [piece for piece in innermost(lane.spans) if piece.end > begin and piece.begin < end] for lane in lanes
-    ]
-    cuts = sorted({begin, end, *(c for pieces in inside for p in pieces for c in (p.begin, p.end) if begin < c < end)})
+    inside = [lane.between(begin, end) for lane in lanes]
+    moments = {moment for pieces in inside for piece in pieces for moment in (piece.begin, piece.end)}
+    cuts = [begin, *sorted(moment for moment in moments if begin < moment < end), end]
     out: dict[str, int] = {}
-    places = [0] * len(lanes)
     idle = 0
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        label = arrival = None
-        for number, pieces in enumerate(inside):
-            while places[number] < len(pieces) and pieces[places[number]].end <= start:
-                places[number] += 1
-            if places[number] < len(pieces) and pieces[places[number]].begin <= start:
-                label, arrival = pieces[places[number]].label, lanes[number].arrival
-                break
-        if label is None:
+    for start, stop in pairwise(cuts):
+        running = _foremost(inside, start)
+        if running is None:
             idle += stop - start
             continue
-        if idle:
-            out[str(arrival)] = out.get(str(arrival), 0) + idle
-            idle = 0
-        out[label] = out.get(label, 0) + stop - start
+        number, label = running
+        for name, took in ((lanes[number].arrival, idle), (label, stop - start)):
+            if took:
+                out[name] = out.get(name, 0) + took
+        idle = 0
     if idle:
         out[lanes[0].arrival] = out.get(lanes[0].arrival, 0) + idle
     return out
 
 
-def typical(windows: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """Mean milliseconds by label over the middle half of the windows by their sums: what disturbs one is left out."""
+def _foremost(inside: Sequence[list[Piece]], moment: int) -> tuple[int, str] | None:
+    """Which lane does something at a moment, and what. Drops pieces that are over: moments must not go back."""
+    for number, pieces in enumerate(inside):
+        while pieces and pieces[0].end <= moment:
+            pieces.pop(0)
+        if pieces and pieces[0].begin <= moment:
+            return number, pieces[0].label
+    return None
+
+
+def undisturbed(windows: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Mean milliseconds by label over the quarter of the windows that took the least.
+
+    What else ran on the machine made the others longer; it is not what a profile is to show.
+    """
     ordered = sorted(windows, key=lambda window: sum(window.values()))
-    middle = ordered[len(ordered) // 4 : max(len(ordered) - len(ordered) // 4, 1)]
-    labels = dict.fromkeys(label for window in middle for label in window)
-    return {label: statistics.fmean(window.get(label, 0) for window in middle) / 1e6 for label in labels}
+    quickest = ordered[: max(len(ordered) // 4, 1)]
+    labels = dict.fromkeys(label for window in quickest for label in window)
+    return {label: statistics.fmean(window.get(label, 0) for window in quickest) / 1e6 for label in labels}
