@@ -31,7 +31,9 @@ def svg(view: Text) -> str:
     """The view as an SVG that loads nothing."""
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(view)
-    drawn = console.export_svg(title="where the time goes: hidden 512, 16 layers, one thread a side", unique_id="profile")
+    drawn = console.export_svg(
+        title="where the time goes: hidden 512, 16 layers, one thread a side", unique_id="profile"
+    )
     # rich's picture loads its font from the network; whoever looks at it has a monospace font of their own.
     return re.sub(r"\s*@font-face\s*{[^}]*}", "", drawn)
 
