@@ -157,7 +157,7 @@ def build(
     size = sum(source.info(name).nbytes for name in hosted)
     with connection.journal.task("loading blocks", size) as task:
         load(cut, Watched(source, task.advance), served.dtype, device, bits)
-    store_by_columns(cut.layers)
+    store_by_columns([*cut.layers, cut.model.get_output_embeddings()])
     cut.model.generation_config = served.files.generation_config()
     return cut
 
