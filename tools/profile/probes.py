@@ -41,7 +41,7 @@ def on_hub() -> None:
     record.wrap(hub.server, "decode", "hub: encode and decode messages")
     record.wrap(Post, "answer", "hub: encode and decode messages")
     record.wrap(Worker, "_carry_out", "hub: engine, layout, caches")
-    for name in ("from_wire", "to_wire"):
+    for name in ("from_wire", "hidden_like", "gradient_like"):
         record.wrap(hub.engine, name, "hub: bytes to tensors and back")
     record.wrap(blocks.middle.MiddleBlocks, "run", "hub: masks, rotary, modules")
     record.wrap(Engine, "step_backward", "hub: Blocks B backward")
@@ -69,7 +69,7 @@ def on_edge() -> None:
     record.wrap(torch.Tensor, "backward", "edge: backward of Blocks C and A")
     record.wrap(RemoteBlocks, "forward", "edge: layout, record of what was sent")
     record.wrap(GaussianNoise, "__call__", "edge: noise")
-    for name in ("from_wire", "to_wire"):
+    for name in ("from_wire", "to_wire", "to_rows"):
         record.wrap(edge.middle, name, "edge: bytes to tensors and back")
     record.wrap(HubClient, "ask", WAITING)
     record.wrap(Snapshots, "wait", "edge: waiting for the last snapshot's fsync")
