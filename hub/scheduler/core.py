@@ -1,7 +1,8 @@
 """The scheduler: hears events, changes its state, answers with actions.
 
-One optimizer step of B takes one step of every active member: all smashed states in, one joined forward, all
-gradients in, one joined backward. Inference is served between these, in batches of whatever waits.
+One optimizer step of B takes one step of every active member, micro-batch by micro-batch: all smashed states in, one
+joined forward, all gradients in, one joined backward; then the optimizer. A step counts wholly or not at all.
+Inference is served between these, in batches of whatever waits.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler import plan
-from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State
-from messaging.errors import ErrorCode
+from hub.scheduler.state import Asked, HiddenGiven, Member, Phase, State, StepTaken
+from messaging.errors import ROUND_CLOSES, ErrorCode
+
+#: What a member is told that was too late for the last step of a round which it took steps of.
+_CLOSING = (ErrorCode.BEHIND, "the round closes: upload the adapter", ROUND_CLOSES)
 
 
 class Scheduler:
@@ -54,16 +58,21 @@ class Scheduler:
                 self._forward_done(event)
             case ev.BackwardDone():
                 self._backward_done(event)
+            case ev.StepApplied():
+                self._step_applied(event)
             case ev.InferDone():
                 self._infer_done(event)
             case ev.RoundPublished():
                 self._published(event)
             case ev.HousekeepingDone():
                 self.state.busy = False
+            case ev.DeadlinePassed():
+                self.state.deadline_over = self.state.deadline_runs and event.gathering == self.state.gathering
             case ev.CheckpointDue():
                 self.state.checkpoint_due = True
         self._forget_who_left()
         self._dispatch()
+        self._watch_deadline()
         return self._out
 
     # -- who is here -----------------------------------------------------------------------------
@@ -84,9 +93,9 @@ class Scheduler:
         member = state.members.get(session)
         if member is not None:
             member.left = False
-            member.smashed, member.gradient = None, None
+            member.smashed, member.gradients, member.last = {}, {}, 0
             if session in state.answering:
-                state.answering[session] = (0, state.answering[session][1])
+                state.answering[session] = (0, *state.answering[session][1:])
 
     def _drop_requests(self, session: int) -> None:
         """Forget what a session waits for outside of its step, and free its caches."""
@@ -101,9 +110,7 @@ class Scheduler:
         if member is None or member.left:
             return
         member.left = True
-        if member.smashed is not None:
-            self._refuse(member.session, member.smashed[0], ErrorCode.NO_SESSION, "this session has left")
-            member.smashed = None
+        self._refuse_smashed(member, ErrorCode.NO_SESSION, "this session has left")
         if not event.done:
             member.contributes, member.upload = False, None
         self._note(f"{member.name} {'has taken all its steps' if event.done else 'left'}")
@@ -122,7 +129,8 @@ class Scheduler:
             del state.members[session]
         else:
             # What it has uploaded is whole, and belongs to steps that B's adapter has in it.
-            member.left, member.smashed, member.inside, member.gradient = True, None, None, None
+            member.left, member.smashed, member.inside = True, {}, None
+            member.gradients, member.grads, member.last = {}, {}, 0
         self._when_nobody_is_active()
 
     def _silent(self, event: ev.EdgeFellSilent) -> None:
@@ -173,6 +181,16 @@ class Scheduler:
             if member.left and not wanted:
                 del state.members[member.session]
 
+    def _watch_deadline(self) -> None:
+        """It runs from when the first member's smashed states wait to be joined."""
+        state = self.state
+        waits = state.phase is Phase.FORWARD and any(0 in member.smashed for member in state.active)
+        if waits and state.quorum and not state.deadline_runs:
+            state.gathering, state.deadline_runs, state.deadline_over = state.gathering + 1, True, False
+            self._out.append(act.StartDeadline(state.gathering))
+        elif not waits:
+            state.deadline_runs = state.deadline_over = False
+
     # -- one step of B -----------------------------------------------------------------------------
 
     def _smashed(self, event: ev.SmashedReceived) -> None:
@@ -182,57 +200,122 @@ class Scheduler:
         if self.state.phase is Phase.OVER:
             self._refuse(event.session, event.request, ErrorCode.TRAINING_OVER, "the hub has closed its last round")
             return
-        given = member.hiddens.get(event.step)
+        given = member.hiddens.get(event.step, {}).get(event.micro)
         if given is not None and given.answers(event.digest):
-            self._answer_forward(event.session, event.request, event.step, given.answer)
+            self._answer_forward(member, event.request, event.step, event.micro, given.answer)
             return
         if event.step < member.applied:
             text = f"step {event.step} is applied already: this edge is at step {member.applied}"
             self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
             return
-        if member.inside == event.step:
+        if self._has_to_upload(member):
+            self._refuse(member.session, event.request, *_CLOSING)
+        elif event.micro == 0:
+            self._begins(member, event)
+        else:
+            self._goes_on(member, event)
+
+    def _has_to_upload(self, member: Member) -> bool:
+        """Whether the round closes, and wants the adapter of a member that was too late to hear of it in a step."""
+        return self.state.phase is Phase.CLOSING and member.contributes and member.upload is None
+
+    def _begins(self, member: Member, event: ev.SmashedReceived) -> None:
+        """The first micro-batch of a step. What is there of an earlier try is given up, unless it is just computed."""
+        under_way = self._forward_under_way(member, event.step, 0)
+        if member.inside is not None and not under_way and member.session not in self.state.applying:
             self._withdraw(member)
-        self._replaced(member, member.smashed)
-        member.smashed, member.asked_again = (event.request, event.step, event.payload), event.digest
+        self._replace_smashed(member)
+        member.smashed[0] = _asked(event)
+
+    def _goes_on(self, member: Member, event: ev.SmashedReceived) -> None:
+        """A later micro-batch: it belongs to a step that has begun, or it is of a try that was given up."""
+        first = member.smashed.get(0)
+        step, micros = (first.step, first.micros) if first is not None else (member.inside, member.micros)
+        known = first is None and event.micro in member.hiddens.get(event.step, {})
+        if step != event.step or micros != event.micros or known:
+            if known and member.session not in self.state.applying:
+                self._withdraw(member)
+            text = f"step {event.step} is not under way with these bytes: begin with its first micro-batch"
+            self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
+            return
+        self._replaced(member, member.smashed.get(event.micro))
+        member.smashed[event.micro] = _asked(event)
 
     def _gradient(self, event: ev.GradientReceived) -> None:
         member = self._member(event.session, event.request)
         if member is None:
             return
-        if member.grad is not None and member.grad.step == event.step:
-            self._answer_backward(event.session, event.request, member.grad)
-            return
-        if member.inside != event.step and not self._in_backward(event.session, event.step):
-            text = f"step {event.step} was closed without this edge (silent for longer than the hub's --grace)"
+        step, micro, taken = event.step, event.micro, member.taken
+        if taken is not None and taken.step == step and micro in taken.answers:
+            self._answer_taken(member, event.request, micro)
+        elif member.inside != step or micro not in member.hiddens.get(step, {}):
+            text = f"step {step} was closed without this edge (silent for longer than the hub's --grace)"
             self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
-            return
-        self._replaced(member, member.gradient)
-        member.gradient = (event.request, event.step, event.payload)
+        elif micro in member.grads:
+            self._answer_backward(member, event.request, micro)
+        else:
+            self._replaced(member, member.gradients.get(micro))
+            member.gradients[micro] = Asked(event.request, step, micro, event.payload)
 
-    def _in_backward(self, session: int, step: int) -> bool:
-        """Whether a backward of this step is under way, asked before (by a process of the edge that is no more)."""
-        state = self.state
-        return state.phase is Phase.BACKWARD and state.answering.get(session, (0, -1))[1] == step
+    def _forward_under_way(self, member: Member, step: int, micro: int) -> bool:
+        """Whether this forward is computed just now."""
+        asked = self.state.answering.get(member.session)
+        return asked is not None and asked[1:] == (step, micro) and micro not in member.hiddens.get(step, {})
 
     def _withdraw(self, member: Member) -> None:
-        """The edge begins its step anew, with other bytes, so no gradient will come for the first try."""
-        self._replaced(member, member.gradient)
+        """Take a member out of the joined step: nothing that it sent for that counts. A new try of it may wait."""
+        if 0 not in member.smashed:
+            self._replace_smashed(member)
+        for asked in member.gradients.values():
+            self._replaced(member, asked)
+        if member.last:
+            self._refuse_replaced(member, member.last, member.inside)
         if member.inside is not None:
             member.hiddens.pop(member.inside, None)
-        member.inside, member.gradient = None, None
+        member.inside, member.gradients, member.grads, member.last = None, {}, {}, 0
 
-    def _answer_forward(self, session: int, request: int, step: int, answer: object) -> None:
+    def _give_up_who_is_away(self) -> None:
+        for member in plan.given_up(self.state):
+            self._withdraw(member)
+
+    def _replace_smashed(self, member: Member) -> None:
+        """Refuse the forwards that wait of a try that is given up."""
+        for asked in member.smashed.values():
+            self._replaced(member, asked)
+        member.smashed = {}
+
+    def _answer_forward(self, member: Member, request: int, step: int, micro: int, answer: object) -> None:
         if request:
-            self._out.append(act.AnswerForward(session, request, step, answer))
+            self._out.append(act.AnswerForward(member.session, request, step, answer, micro))
 
-    def _answer_backward(self, session: int, request: int, given: GradGiven) -> None:
+    def _answer_backward(self, member: Member, request: int, micro: int) -> None:
+        """Send what a backward gave; of the last micro-batch, when the step is applied."""
+        assert member.inside is not None
+        if micro < member.micros - 1:
+            if request:
+                answer = member.grads[micro]
+                self._out.append(act.AnswerBackward(member.session, request, member.inside, answer, 0, False, micro))
+            return
+        if member.last:
+            self._refuse_replaced(member, member.last, member.inside)
+        member.last = request
+
+    def _answer_taken(self, member: Member, request: int, micro: int) -> None:
+        taken = member.taken
+        assert taken is not None
+        last = micro == len(taken.answers) - 1
+        hub_step, closes = (taken.hub_step, taken.closes) if last else (0, False)
         if request:
-            action = act.AnswerBackward(session, request, given.step, given.answer, given.hub_step, given.closes)
-            self._out.append(action)
+            answer = taken.answers[micro]
+            self._out.append(act.AnswerBackward(member.session, request, taken.step, answer, hub_step, closes, micro))
 
-    def _replaced(self, member: Member, before: tuple[int, int, object] | None) -> None:
+    def _replaced(self, member: Member, before: Asked | None) -> None:
         if before is not None:
-            self._refuse(member.session, before[0], ErrorCode.BEHIND, f"step {before[1]} was begun anew")
+            self._refuse_replaced(member, before.request, before.step)
+
+    def _refuse_replaced(self, member: Member, request: int, step: int | None) -> None:
+        if request:
+            self._refuse(member.session, request, ErrorCode.BEHIND, f"step {step} was begun anew")
 
     def _member(self, session: int, request: int) -> Member | None:
         member = self.state.members.get(session)
@@ -244,64 +327,85 @@ class Scheduler:
     def _forward_done(self, event: ev.ForwardDone) -> None:
         state = self.state
         state.busy = False
-        state.phase = Phase.BACKWARD
-        inside = []
-        for session, (request, step) in state.answering.items():
+        answering, state.answering = state.answering, {}
+        for session, (request, step, micro) in answering.items():
             member, answer = state.members[session], event.answers[session]
-            self._answer_forward(session, request, step, answer)
+            if member.inside != step:
+                self._refuse_replaced(member, request, step)
+                continue
+            self._answer_forward(member, request, step, micro, answer)
             if isinstance(answer, Exception):
+                self._withdraw(member)
                 continue
             given = HiddenGiven(event.digests.get(session, b""), answer)
-            if self._taken_over(member, step, given):
-                member.hiddens[step] = given
-                member.inside = step
-                inside.append(session)
-        state.joined = tuple(inside)
-        state.answering = {}
+            if self._taken_over(member, step, micro, given):
+                member.hiddens.setdefault(step, {})[micro] = given
+            else:
+                self._withdraw(member)
 
-    def _taken_over(self, member: Member, step: int, given: HiddenGiven) -> bool:
+    def _taken_over(self, member: Member, step: int, micro: int, given: HiddenGiven) -> bool:
         """Answer the process that asked the same meanwhile. False if the step was begun anew, with other bytes."""
-        if member.smashed is None or member.smashed[1] != step:
+        asked = member.smashed.get(micro)
+        if asked is None or asked.step != step:
             return True
-        if not given.answers(member.asked_again):
+        if not given.answers(asked.digest):
             return False
-        request, member.smashed = member.smashed[0], None
-        self._answer_forward(member.session, request, step, given.answer)
+        del member.smashed[micro]
+        self._answer_forward(member, asked.request, step, micro, given.answer)
         return True
 
     def _backward_done(self, event: ev.BackwardDone) -> None:
         state = self.state
         state.busy = False
-        if any(not isinstance(answer, Exception) for answer in event.answers.values()):
+        answering, state.answering = state.answering, {}
+        for session, (request, step, micro) in answering.items():
+            member, answer = state.members[session], event.answers[session]
+            if member.inside != step:
+                self._refuse_replaced(member, request, step)
+                continue
+            again = member.gradients.pop(micro, None)
+            if isinstance(answer, Exception):
+                if request:
+                    self._out.append(act.AnswerBackward(session, request, step, answer, 0, False, micro))
+                self._replaced(member, again)
+                self._withdraw(member)
+                continue
+            member.grads[micro] = answer
+            self._answer_backward(member, request, micro)
+            if again is not None:
+                self._answer_backward(member, again.request, micro)
+
+    def _step_applied(self, event: ev.StepApplied) -> None:
+        state = self.state
+        state.busy = False
+        if event.sessions:
             state.hub_step += 1
             state.round_step += 1
         closes = state.round_step >= state.round_steps
-        for session, (request, step) in state.answering.items():
-            given = GradGiven(step, event.answers[session], state.hub_step, closes)
-            self._applied(state.members[session], given)
-            self._answer_backward(session, request, given)
-        state.answering, state.joined = {}, ()
+        for session in state.applying:
+            member = state.members.get(session)
+            if member is not None and member.inside is not None:
+                self._applied(member, StepTaken(member.inside, member.grads, state.hub_step, closes))
+        state.joined, state.applying = (), ()
         state.phase = Phase.CLOSING if closes else Phase.FORWARD
+        for member in state.members.values():
+            if self._has_to_upload(member):
+                self._refuse_smashed(member, *_CLOSING)
         self._when_nobody_is_active()
 
-    def _applied(self, member: Member, given: GradGiven) -> None:
-        """Note that a member's step is inside B's adapter, unless it failed; answer who asked for it again."""
-        again, member.gradient = member.gradient, None
-        if isinstance(given.answer, Exception):
-            self._replaced(member, again)
-            member.hiddens.pop(given.step, None)
-            return
-        member.applied, member.grad = given.step + 1, given
-        member.hiddens = {step: hidden for step, hidden in member.hiddens.items() if step >= given.step}
+    def _applied(self, member: Member, taken: StepTaken) -> None:
+        """Note that a member's step is inside B's adapter; answer who waits for that."""
+        request, member.last = member.last, 0
+        member.inside, member.gradients, member.grads = None, {}, {}
+        member.applied, member.taken = taken.step + 1, taken
+        member.hiddens = {step: hiddens for step, hiddens in member.hiddens.items() if step >= taken.step}
         member.contributes = member.contributes or member.active
         if member.active:
             # What it uploaded before lacks this step: it uploads again when the round closes.
             member.upload = None
-        if again is not None:
-            self._answer_backward(member.session, again[0], given)
-        if member.smashed is not None and member.smashed[1] <= given.step:
-            self._replaced(member, member.smashed)
-            member.smashed = None
+        self._answer_taken(member, request, member.micros - 1)
+        if any(asked.step <= taken.step for asked in member.smashed.values()):
+            self._replace_smashed(member)
 
     def _infer_done(self, event: ev.InferDone) -> None:
         state = self.state
@@ -357,15 +461,11 @@ class Scheduler:
     def _begin_round(self) -> None:
         """A forward that waited for the publication was made with the adapter before it: it is asked for anew."""
         for member in self.state.members.values():
-            if member.smashed is not None:
-                self._refuse(member.session, member.smashed[0], ErrorCode.BEHIND, "a round was published meanwhile")
-                member.smashed = None
+            self._refuse_smashed(member, ErrorCode.BEHIND, "a round was published meanwhile")
 
     def _end_training(self) -> None:
         for member in self.state.members.values():
-            if member.smashed is not None:
-                self._refuse(member.session, member.smashed[0], ErrorCode.TRAINING_OVER, "no more rounds")
-                member.smashed = None
+            self._refuse_smashed(member, ErrorCode.TRAINING_OVER, "no more rounds")
         self._answer_awaiting(self.state.round)
         self._note("training is over: serving generation")
 
@@ -386,13 +486,24 @@ class Scheduler:
     def _dispatch(self) -> None:
         if self.state.busy or self.state.stopping:
             return
+        self._give_up_who_is_away()
         action = plan.next_compute(self.state)
         if action is not None:
             plan.begin(self.state, action)
             self._out.append(action)
 
-    def _refuse(self, session: int, request: int, code: ErrorCode, text: str) -> None:
-        self._out.append(act.Refuse(session, request, code, text))
+    def _refuse_smashed(self, member: Member, code: ErrorCode, text: str, detail: int = 0) -> None:
+        """Refuse the forwards that wait."""
+        for asked in member.smashed.values():
+            self._refuse(member.session, asked.request, code, text, detail)
+        member.smashed = {}
+
+    def _refuse(self, session: int, request: int, code: ErrorCode, text: str, detail: int = 0) -> None:
+        self._out.append(act.Refuse(session, request, code, text, detail))
 
     def _note(self, text: str) -> None:
         self._out.append(act.Note(text))
+
+
+def _asked(event: ev.SmashedReceived) -> Asked:
+    return Asked(event.request, event.step, event.micro, event.payload, event.micros, event.digest)

@@ -37,21 +37,34 @@ _PICK = st.integers(0, 5)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps that each edge wants (None: until the hub is done), steps of a round, rounds (0: no end)."""
+    """Steps that each edge wants (None: until the hub is done), steps of a round, rounds (0: no end).
+
+    parts: each edge's micro-batches, and how many of them are under way at once. quorum: 0 for all edges.
+    """
 
     wanted: tuple[int | None, ...]
     round_steps: int
     rounds: int
+    parts: tuple[tuple[int, int], ...]
+    quorum: int = 0
 
     def edges(self) -> list[Edge]:
-        return [Edge(f"edge{9 - place}", wanted, place == 1) for place, wanted in enumerate(self.wanted)]
+        return [
+            Edge(f"edge{9 - place}", wanted, place == 1, *self.parts[place]) for place, wanted in enumerate(self.wanted)
+        ]
+
+    def hub(self) -> ModelHub:
+        return ModelHub(len(self.wanted), self.round_steps, self.rounds, self.quorum)
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     rounds = draw(st.integers(0, 3))
     steps = st.integers(1, 7) if not rounds else st.none() | st.integers(1, 7)
-    return Recipe(tuple(draw(st.lists(steps, min_size=1, max_size=3))), draw(st.integers(1, 4)), rounds)
+    wanted = tuple(draw(st.lists(steps, min_size=1, max_size=3)))
+    part = st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 2), (4, 4), (3, 1)])
+    parts = tuple(draw(st.lists(part, min_size=len(wanted), max_size=len(wanted))))
+    return Recipe(wanted, draw(st.integers(1, 4)), rounds, parts)
 
 
 def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
@@ -69,6 +82,7 @@ def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
         for seat in list(hub.seats.values()):
             hub.heard(seat.seat)
         hub.written()
+        hub.deadline_passes()
         if hub.computing is not None:
             hub.finish()
     return False
@@ -84,7 +98,7 @@ def outcome(hub: ModelHub, edges: list[Edge]) -> object:
 @cache
 def undisturbed(recipe: Recipe) -> object:
     """The outcome when nothing happens."""
-    hub, edges = ModelHub(len(recipe.wanted), recipe.round_steps, recipe.rounds), recipe.edges()
+    hub, edges = recipe.hub(), recipe.edges()
     assert finish(hub, edges), "an undisturbed training comes to its end"
     return outcome(hub, edges)
 
@@ -95,7 +109,7 @@ class Honest(RuleBasedStateMachine):
     @initialize(recipe=recipes())
     def begin(self, recipe: Recipe) -> None:
         self.recipe, self.edges = recipe, recipe.edges()
-        self.hub = ModelHub(len(self.edges), recipe.round_steps, recipe.rounds)
+        self.hub = recipe.hub()
         self.readers: list[int] = []
         self.floor = (0, 0, 0)
         self.over = False
@@ -231,17 +245,23 @@ class Honest(RuleBasedStateMachine):
     def rule_a_step_waits_for_its_active_members_only(self) -> None:
         hub, state = self.hub, self.hub.scheduler.state
         active = {seat.seat for seat in hub.seats.values() if seat.train and not seat.left and not seat.silent}
-        asked = {kind: {s for (s, _), a in hub.open.items() if a.ask.kind == kind} for kind in ("forward", "gradient")}
+        asked = {(s, a.ask.kind, a.ask.micro) for (s, _), a in hub.open.items()}
         if state.phase is Phase.FORWARD and not state.busy:
-            assert not active or active - asked["forward"]
-        if state.phase is Phase.BACKWARD and not state.busy:
-            assert (active & set(state.joined)) - asked["gradient"]
+            assert not active or active - {s for s, kind, micro in asked if (kind, micro) == ("forward", 0)}
+        if state.phase is Phase.STEPPING and not state.busy:
+            inside = {m.session: m.micros for m in state.inside if m.session in active}
+            forward, backward = state.forwards, state.backwards
+            wanted = {(s, "gradient", backward) for s, micros in inside.items() if backward < min(forward, micros)}
+            wanted |= {(s, "forward", forward) for s, micros in inside.items() if forward < micros}
+            assert wanted - asked
 
     @invariant()
     def rule_every_open_request_is_held_in_one_place(self) -> None:
         state = self.hub.scheduler.state
-        held = [(m.session, item[0]) for m in state.members.values() for item in (m.smashed, m.gradient) if item]
-        held += [(session, request) for session, (request, _) in state.answering.items() if request]
+        members = state.members.values()
+        held = [(m.session, a.request) for m in members for a in (*m.smashed.values(), *m.gradients.values())]
+        held += [(m.session, m.last) for m in members if m.last]
+        held += [(session, request) for session, (request, *_) in state.answering.items() if request]
         held += [item[:2] for item in (*state.awaiting, *state.infers)] + list(state.inferring)
         assert sorted(held) == sorted(self.hub.open)
 
@@ -281,14 +301,16 @@ class Honest(RuleBasedStateMachine):
     def rule_records_are_bounded(self) -> None:
         for member in self.hub.scheduler.state.members.values():
             assert member.hiddens.keys() <= {member.applied - 1, member.applied}
-            assert member.grad is None or member.grad.step == member.applied - 1
+            assert member.taken is None or member.taken.step == member.applied - 1
+            for held in (member.smashed, member.gradients, member.grads, *member.hiddens.values()):
+                assert held.keys() <= set(range(4))
 
     @invariant()
     def rule_the_record_of_a_step_is_that_of_its_answers(self) -> None:
         for member in self.hub.scheduler.state.members.values():
-            for step, given in member.hiddens.items():
-                assert given.answer == self.hub.hiddens[member.session, step]
-                assert given.digest == digest(self.hub.hiddens[member.session, step].rows).encode()
+            for step, micro, given in [(s, j, g) for s, gs in member.hiddens.items() for j, g in gs.items()]:
+                assert given.answer == self.hub.hiddens[member.session, step, micro]
+                assert given.digest == digest(self.hub.hiddens[member.session, step, micro].rows).encode()
 
     @invariant()
     def rule_steps_are_counted(self) -> None:
@@ -314,17 +336,26 @@ class Honest(RuleBasedStateMachine):
         state = self.hub.scheduler.state
         for member in state.members.values():
             inside = member.inside is not None
-            assert not inside or (state.phase is Phase.BACKWARD and member.session in state.joined)
+            assert not inside or (state.phase is Phase.STEPPING and member.session in state.joined)
             assert not inside or member.inside == member.applied
-            again = member.session in state.answering and state.phase is Phase.BACKWARD
-            assert member.gradient is None or inside or again
+            assert inside or not (member.gradients or member.grads or member.last)
+            here = member.hiddens.get(member.inside, {}) if member.inside is not None else {}
+            assert member.gradients.keys() | member.grads.keys() <= here.keys()
+
+    @invariant()
+    def rule_forwards_wait_in_order_behind_the_first(self) -> None:
+        for member in self.hub.scheduler.state.members.values():
+            assert len({(asked.step, asked.micros) for asked in member.smashed.values()}) <= 1
+            assert not member.smashed or 0 in member.smashed or member.inside is not None
+            assert all(0 <= micro == asked.micro < asked.micros for micro, asked in member.smashed.items())
 
     @invariant()
     def rule_joined_is_what_is_pending(self) -> None:
         state = self.hub.scheduler.state
-        if state.phase is Phase.BACKWARD:
-            assert set(state.joined) == self.hub.engine.pending.keys() or self.hub.computing is not None
+        if state.phase is Phase.STEPPING:
+            assert set(state.joined) == self.hub.stepping.keys()
         elif self.hub.computing is None:
+            assert not self.hub.engine.pending
             assert not state.joined
             assert not state.answering
 
@@ -355,7 +386,7 @@ class Honest(RuleBasedStateMachine):
         if state.phase is Phase.OVER:
             assert state.rounds
             assert state.round >= state.rounds
-            assert not any(member.smashed or member.gradient for member in state.members.values())
+            assert not any(member.smashed or member.gradients for member in state.members.values())
 
     @invariant()
     def rule_caches_to_free_are_noted_once_each(self) -> None:
@@ -465,9 +496,10 @@ class Disorder(Honest):
         kind=st.sampled_from(["forward"] * 3 + ["gradient"] * 3 + ["infer", "upload", "await"]),
         offset=st.integers(-1, 1),
         content=st.integers(0, 1),
+        part=st.sampled_from([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]),
     )
-    def a_rogue_asks(self, kind: str, offset: int, content: int) -> None:
-        self.rogue.ask(self.hub, kind, offset, content)
+    def a_rogue_asks(self, kind: str, offset: int, content: int, part: tuple[int, int]) -> None:
+        self.rogue.ask(self.hub, kind, offset, content, part)
 
     @rule(content=st.integers(0, 1), ticks=st.integers(0, 12))
     def a_rogue_does_its_part(self, content: int, ticks: int) -> None:
@@ -500,14 +532,14 @@ class Rogue:
     def hello(self, hub: ModelHub) -> None:
         self.number = hub.hello(self.name).number
 
-    def ask(self, hub: ModelHub, kind: str, offset: int, content: int) -> None:
+    def ask(self, hub: ModelHub, kind: str, offset: int, content: int, part: tuple[int, int] = (0, 1)) -> None:
         if not hub.knows(self.number):
             self.hello(hub)
         welcome = hub.welcome(self.number)
         step, round_ = max(welcome.applied + offset, 0), max(welcome.round + offset, 0)
         asks = {
-            "forward": Ask("forward", step, Smashed(self.name, step, str(content))),
-            "gradient": Ask("gradient", step, Gradient(step, self.hidden)),
+            "forward": Ask("forward", step, Smashed(self.name, step, str(content), part[0]), *part),
+            "gradient": Ask("gradient", step, Gradient(step, self.hidden), *part),
             "infer": Ask("infer", content=(content, step)),
             "upload": Ask("upload", round_, Adapter(self.name, round_, str(content))),
             "await": Ask("await", round_),
@@ -518,8 +550,13 @@ class Rogue:
     def play_along(self, hub: ModelHub, content: int) -> None:
         """Ask for what is next, if nothing is asked for yet."""
         if not any(asked.number == self.number for asked in hub.open.values()):
-            mine = [m for m in hub.scheduler.state.members.values() if m.name == self.name]
-            self.ask(hub, "gradient" if mine and mine[0].inside is not None else "forward", 0, content)
+            mine = [m for m in hub.scheduler.state.members.values() if m.name == self.name and m.inside is not None]
+            if not mine:
+                self.ask(hub, "forward", 0, content)
+                return
+            forwards = len(mine[0].hiddens.get(mine[0].inside or 0, {}))
+            kind, micro = ("gradient", len(mine[0].grads)) if len(mine[0].grads) < forwards else ("forward", forwards)
+            self.ask(hub, kind, 0, content, (micro, mine[0].micros))
 
     def hear(self, answer: object) -> None:
         if isinstance(answer, Hidden):

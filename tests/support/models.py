@@ -137,7 +137,9 @@ class Alone:
 
     def step_backward(self, session: int, grad: Tensor) -> Outcome:
         """See Hub."""
-        return self.engine.step_backward({session: grad})[session]
+        answer = self.engine.step_backward({session: grad})[session]
+        self.engine.apply_step([] if isinstance(answer, Exception) else [session])
+        return answer
 
 
 class Together:
@@ -203,7 +205,9 @@ class Together:
         elif kind == "forward":
             self._answers |= self.engine.step_forward(items)
         else:
-            self._answers |= self.engine.step_backward(dict(zip(asked, items, strict=True)))
+            answers = self.engine.step_backward(dict(zip(asked, items, strict=True)))
+            self.engine.apply_step([session for session in asked if not isinstance(answers[session], Exception)])
+            self._answers |= answers
         self._changed.notify_all()
 
 
