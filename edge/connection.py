@@ -18,7 +18,7 @@ from blocks import adapters
 from blocks.adapters import LoraSpec
 from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
-from blocks.remote import RemoteBlocks, build_edge, remote_of
+from blocks.remote import build_edge, remote_of
 from blocks.source import ModelFiles, open_model
 from blocks.surgery import CutModel, load, store_by_columns
 from blocks.weights import Watched
@@ -156,12 +156,11 @@ def build(
     return cut
 
 
-def attach(cut: CutModel, client: HubClient, welcome: m.Welcome) -> tuple[RemoteBlocks, HubMiddle]:
+def attach(cut: CutModel, client: HubClient, welcome: m.Welcome) -> HubMiddle:
     """Let the model's stand-in talk to the hub."""
     middle = HubMiddle(client, welcome.adapter_version)
-    remote = remote_of(cut)
-    remote.attach(middle)
-    return remote, middle
+    remote_of(cut).attach(middle)
+    return middle
 
 
 def lora_spec(recipe: m.Recipe, config: Any) -> LoraSpec:

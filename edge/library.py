@@ -101,6 +101,6 @@ def _connected(
     if welcome.adapter_version:
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
-    _, middle = attach(cut, connection.client, welcome)
+    middle = attach(cut, connection.client, welcome)
     cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle)
     return cut.model

@@ -43,7 +43,7 @@ Flag = Annotated[int, Limit(1)]
 #: The most micro-batches that a step may have: each is a graph that the hub holds.
 MOST_MICRO_BATCHES = 16
 Micro = Annotated[int, Limit(MOST_MICRO_BATCHES - 1)]
-Micros = Annotated[int, Limit(MOST_MICRO_BATCHES, 1)]
+Micros = Annotated[int, Limit(MOST_MICRO_BATCHES)]
 #: Integers that describe the rows of a batch; see `blocks.layout`.
 Layout = Annotated[tuple[int, ...], Limit(4096)]
 Names = Annotated[tuple[str, ...], Limit(64)]

@@ -1,8 +1,8 @@
 """The scheduler under anything that edges, hubs and links may do, in any order; and what must hold all the same.
 
-Two machines share the model (`tests/support/model_hub.py` has the rules for each action, this file those for states).
+The machines share the model (`tests/support/model_hub.py` has the rules for each action, this file those for states).
 In `Honest` processes are killed and hubs begin anew, but nobody is silent for longer than the grace: then the end is
-that of an undisturbed run, to the last bit. In `Disorder` edges are silent, leave, are gone, come late, send what is
+that of an undisturbed run, to the last bit. In `Quorum` steps do not wait for everybody besides: nothing is lost. In `Disorder` edges are silent, leave, are gone, come late, send what is
 not finite and ask for what they should not: then the rules hold, and who does its part still comes to its end.
 """
 
@@ -58,13 +58,14 @@ class Recipe:
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
+def recipes(draw: st.DrawFn, quorum: bool = False) -> Recipe:
     rounds = draw(st.integers(0, 3))
     steps = st.integers(1, 7) if not rounds else st.none() | st.integers(1, 7)
     wanted = tuple(draw(st.lists(steps, min_size=1, max_size=3)))
     part = st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 2), (4, 4), (3, 1)])
     parts = tuple(draw(st.lists(part, min_size=len(wanted), max_size=len(wanted))))
-    return Recipe(wanted, draw(st.integers(1, 4)), rounds, parts)
+    few = draw(st.integers(1, len(wanted))) if quorum else 0
+    return Recipe(wanted, draw(st.integers(1, 4)), rounds, parts, few)
 
 
 def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
@@ -108,6 +109,9 @@ class Honest(RuleBasedStateMachine):
 
     @initialize(recipe=recipes())
     def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    def begin_with(self, recipe: Recipe) -> None:
         self.recipe, self.edges = recipe, recipe.edges()
         self.hub = recipe.hub()
         self.readers: list[int] = []
@@ -441,8 +445,36 @@ class HonestOnly(Honest):
         assert self.hub.engine.log == log[: len(self.hub.engine.log)]
 
 
+class Quorum(HonestOnly):
+    """Steps that do not wait for everybody: nothing is lost all the same. Who is in which step depends on time."""
+
+    @initialize(recipe=recipes(quorum=True))
+    def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    @rule()
+    def a_deadline_passes(self) -> None:
+        self.hub.deadline_passes()
+
+    def come_to_an_end(self) -> None:
+        assert finish(self.hub, self.edges), "nobody waits for ever"
+        assert all(edge.skips == 0 for edge in self.edges), "nothing that was learned is lost"
+        assert {end for edge in self.edges for end in edge.ends} <= {"done"}, "no honest edge is sent away"
+
+    def rule_every_joined_step_is_that_of_an_undisturbed_run(self) -> None:
+        """There is none to compare with."""
+
+
 class Disorder(Honest):
-    """Silence, leaving, failures, and a member that asks for what it should not."""
+    """Silence, leaving, failures, deadlines, and a member that asks for what it should not."""
+
+    @initialize(recipe=recipes() | recipes(quorum=True))
+    def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    @rule()
+    def a_deadline_passes(self) -> None:
+        self.hub.deadline_passes()
 
     def __init__(self) -> None:
         super().__init__()
@@ -569,5 +601,7 @@ def ignore(_: object) -> None:
 
 TestHonest = HonestOnly.TestCase
 TestHonest.settings = _SETTINGS
+TestQuorum = Quorum.TestCase
+TestQuorum.settings = _SETTINGS
 TestDisorder = Disorder.TestCase
 TestDisorder.settings = _SETTINGS
