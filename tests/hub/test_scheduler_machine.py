@@ -588,7 +588,8 @@ class Rogue:
                 return
             forwards = len(mine[0].hiddens.get(mine[0].inside or 0, {}))
             kind, micro = ("gradient", len(mine[0].grads)) if len(mine[0].grads) < forwards else ("forward", forwards)
-            self.ask(hub, kind, 0, content, (micro, mine[0].micros))
+            if micro < mine[0].micros:
+                self.ask(hub, kind, 0, content, (micro, mine[0].micros))
 
     def hear(self, answer: object) -> None:
         if isinstance(answer, Hidden):

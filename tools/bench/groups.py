@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tools.bench import pipeline
 from tools.bench.models import HIDDEN, Models
 from tools.bench.processes import ROOT, Hub, Worker, once, running_hub, running_workers
 from tools.bench.relay import Relay
@@ -227,6 +228,7 @@ def planner(bench: Bench) -> list[Row]:
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "speed": (speed, (DECODE, PREFILL)),
     "training": (training, (TRAINING,)),
+    "pipeline": (pipeline.pipeline, pipeline.ROWS),
     "sessions": (sessions, tuple(SESSIONS.values())),
     "memory": (memory, tuple(MEMORY.values())),
     "wire": (wire, (SENT, RECEIVED, MASK)),

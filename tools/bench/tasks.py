@@ -117,6 +117,27 @@ def curves(**arguments: Any) -> dict[str, list[float]]:
     return training.curves(**arguments)
 
 
+def pipelined_steps(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of training steps in micro-batches; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.steps(**arguments)
+
+
+def gradients_by_edge(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.by_edge(**arguments)
+
+
+def layers_again(**arguments: Any) -> dict[str, Any]:
+    """Bytes and seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.layers_again(**arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -140,5 +161,6 @@ TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        pipelined_steps, gradients_by_edge, layers_again,
     )
 }  # fmt: skip
