@@ -70,6 +70,7 @@ class Scheduler:
                 self.state.deadline_over = self.state.deadline_runs and event.gathering == self.state.gathering
             case ev.CheckpointDue():
                 self.state.checkpoint_due = True
+        self._give_up_who_is_away()
         self._forget_who_left()
         self._dispatch()
         self._watch_deadline()
@@ -275,6 +276,8 @@ class Scheduler:
         member.inside, member.gradients, member.grads, member.last = None, {}, {}, 0
 
     def _give_up_who_is_away(self) -> None:
+        if self.state.busy or self.state.stopping:
+            return
         for member in plan.given_up(self.state):
             self._withdraw(member)
 
@@ -486,7 +489,6 @@ class Scheduler:
     def _dispatch(self) -> None:
         if self.state.busy or self.state.stopping:
             return
-        self._give_up_who_is_away()
         action = plan.next_compute(self.state)
         if action is not None:
             plan.begin(self.state, action)

@@ -948,3 +948,80 @@ PARTS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
 @pytest.mark.parametrize("scenario", PARTS)
 def test_scenarios_of_micro_batches(scenario: str) -> None:
     play(scheduler(), PARTS[scenario])
+
+
+# -- steps that do not wait for everybody ---------------------------------------------------------------------------
+
+TWO_OF_THREE: list[tuple[ev.Event, Sequence[object]]] = [
+    (joined(1), []),
+    (joined(2), []),
+    (joined(3), []),
+    (smashed(1), [act.StartDeadline(1)]),
+    (ev.DeadlinePassed(1), []),
+    (smashed(3), [run_forward(1, 3)]),
+    (forward_done(1, 3), [hidden(1), hidden(3)]),
+    (smashed(2), []),
+    (gradient(1), []),
+    (gradient(3), [run_backward(1, 3)]),
+]
+QUORUMS: dict[str, tuple[int, list[tuple[ev.Event, Sequence[object]]]]] = {
+    "all of them before the deadline: nobody is left out": (
+        20,
+        [
+            *TWO_OF_THREE[:4],
+            (smashed(3), []),
+            (smashed(2), [run_forward(1, 2, 3)]),
+            (ev.DeadlinePassed(1), []),
+        ],
+    ),
+    "enough of them at the deadline: the late one is in the next step": (
+        20,
+        [
+            *TWO_OF_THREE,
+            # It waits now, and so begins the next deadline.
+            (backward_done(1, 3), [act.ApplyStep((1, 3))]),
+            (ev.StepApplied((1, 3)), [grad(1), grad(3), act.StartDeadline(2)]),
+            (ev.DeadlinePassed(1), []),
+            (smashed(1, 1), []),
+            (ev.DeadlinePassed(2), [act.RunForward(((1, "s1.1"), (2, "s2.0")))]),
+        ],
+    ),
+    "less than enough at the deadline: it goes when there are enough": (20, TWO_OF_THREE),
+    "who leaves is not waited for, deadline or not": (
+        20,
+        [
+            *TWO_OF_THREE[:4],
+            (ev.EdgeLeft(2, False), []),
+            (smashed(3), [run_forward(1, 3)]),
+        ],
+    ),
+    "a late one that took a step in the round is told that it closes": (
+        2,
+        [
+            *TWO_OF_THREE,
+            (backward_done(1, 3), [act.ApplyStep((1, 3))]),
+            (ev.StepApplied((1, 3)), [grad(1), grad(3), act.StartDeadline(2)]),
+            (ev.DeadlinePassed(2), []),
+            (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "s2.0")))]),
+            (smashed(3, 1), []),
+            (forward_done(1, 2), [hidden(1, 1), hidden(2)]),
+            (gradient(1, 1), []),
+            (gradient(2), [act.RunBackward({1: "g1.1", 2: "g2.0"})]),
+            (backward_done(1, 2), [act.ApplyStep((1, 2))]),
+            (
+                ev.StepApplied((1, 2)),
+                [grad(1, 1, 2, True), grad(2, 0, 2, True), refused(3, forward_id(3, 1), ErrorCode.BEHIND)],
+            ),
+            (smashed(3, 1), [refused(3, forward_id(3, 1), ErrorCode.BEHIND)]),
+            (uploaded(1), []),
+            (uploaded(2), []),
+            (uploaded(3), [close_round(0, 1, 2, 3)]),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", QUORUMS)
+def test_scenarios_of_two_of_three(scenario: str) -> None:
+    round_steps, rows = QUORUMS[scenario]
+    play(Scheduler(State(3, round_steps, 0, quorum=2)), rows)

@@ -371,7 +371,17 @@ class ModelHub:
                 if not seat.silent and not seat.left:
                     self.trained.add(session)
         engine.pending, engine.given, self.stepping = {}, {}, {}
+        self._catch_up()
         self.tell(ev.StepApplied(action.sessions))
+
+    def _catch_up(self) -> None:
+        """As `Seating.catch_up`: who gave up its seat while its step was applied, and took another."""
+        for seat in self.seats.values():
+            if seat.train:
+                seat.applied = self.applied.get(seat.name, 0)
+                member = self.scheduler.state.members.get(seat.seat)
+                if member is not None:
+                    member.applied = max(member.applied, seat.applied)
 
     def _save_round(self, action: act.CloseRound) -> None:
         """As `Worker._close_round`: the adapter and the checkpoint are on the disk before anyone hears of them."""
