@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ def split(batch: Batch, micros: int) -> list[Batch]:
     rows = batch.input_ids.shape[0]
     count = min(micros, rows)
     edges = [rows * at // count for at in range(count + 1)]
-    return [_rows(batch, first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return [_rows(batch, first, last) for first, last in pairwise(edges)]
 
 
 def _rows(batch: Batch, first: int, last: int) -> Batch:

@@ -119,8 +119,8 @@ def in_micro_batches(planned: Planned, asked: str, before: int | None, seq: int)
         count = int(asked)
         if count < needed:
             raise InputError(
-                f"--micro-batches {asked}: a batch of {rows} needs {needed} of them to fit: give that, a smaller --batch "
-                "or auto"
+                f"--micro-batches {asked}: a batch of {rows} needs {needed} of them to fit: give that, "
+                "a smaller --batch or auto"
             )
     elif before is not None and before >= needed:
         count = before

@@ -182,9 +182,7 @@ class Engine:
         device = self.settings.device
         mask = None if batch.mask is None else batch.mask.to(device)
         around = self._step.layer_runner(edges) if edges else None
-        return blocks.run(
-            batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around
-        )
+        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around)
 
     def _states(self, tensor: object, layout: Layout, cached: bool) -> torch.Tensor:
         if layout.past and not cached:

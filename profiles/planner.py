@@ -73,9 +73,7 @@ class _Task:
         """Rule 3: p:q with as few micro-batches as fit; None where not even single rows do."""
         for micro_batches in range(1, self.workload.batch + 1):
             for under_way in range(micro_batches, 0, -1):
-                memory = predict_memory(
-                    self.model, p, q, self.workload, self.machine.device, micro_batches, under_way
-                )
+                memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches, under_way)
                 if memory.total <= usable_bytes(self.machine):
                     return self._plan(p, q, micro_batches, under_way, memory)
         return None

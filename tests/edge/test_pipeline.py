@@ -21,8 +21,8 @@ from edge.noise import GaussianNoise
 from edge.pipeline import Pipeline, logits_of, split
 from messaging.errors import LinkLost, NotFinite
 from tests.support.models import CONFIGS, MORE_CONFIGS, make_engine, whole_model
-from tests.support.training import TrainingEdge, Unsplit, make_batch, starting_adapter
 from tests.support.training import Batch as Rows
+from tests.support.training import TrainingEdge, Unsplit, make_batch, starting_adapter
 
 PADDINGS = [(3, 0), (0, 2), (0, 0), (1, 1)]
 
@@ -82,7 +82,7 @@ def test_the_halves_are_the_whole() -> None:
 
 
 def test_rows_are_split_evenly_and_no_token_is_lost() -> None:
-    rows = make_batch(0, 9, PADDINGS + [(2, 2)])
+    rows = make_batch(0, 9, [*PADDINGS, (2, 2)])
     batch = Batch(rows.ids, rows.labels, rows.mask, None, rows.tokens)
     parts = split(batch, 3)
     assert [part.input_ids.shape[0] for part in parts] == [1, 2, 2]

@@ -2,8 +2,9 @@
 
 The machines share the model (`tests/support/model_hub.py` has the rules for each action, this file those for states).
 In `Honest` processes are killed and hubs begin anew, but nobody is silent for longer than the grace: then the end is
-that of an undisturbed run, to the last bit. In `Quorum` steps do not wait for everybody besides: nothing is lost. In `Disorder` edges are silent, leave, are gone, come late, send what is
-not finite and ask for what they should not: then the rules hold, and who does its part still comes to its end.
+that of an undisturbed run, to the last bit. In `Quorum` steps do not wait for everybody besides: nothing is lost. In
+`Disorder` edges are silent, leave, are gone, come late, send what is not finite and ask for what they should not: then
+the rules hold, and who does its part still comes to its end.
 """
 
 from __future__ import annotations

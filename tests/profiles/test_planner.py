@@ -32,9 +32,7 @@ FAST_HUB = replace(EDGE, name="fast", flops={"float32": 1e13}, bandwidth_bytes_p
 SLOW_HUB = replace(EDGE, name="slow", flops={"float32": 1e10}, bandwidth_bytes_per_s=3e9)
 
 
-def with_room_for(
-    p: int, q: int, micro_batches: int = 1, workload: Workload = STEP, under_way: int = 1
-) -> Machine:
+def with_room_for(p: int, q: int, micro_batches: int = 1, workload: Workload = STEP, under_way: int = 1) -> Machine:
     """The edge with exactly as much free memory as p:q needs."""
     needed = predict_memory(MODEL, p, q, workload, "cpu", micro_batches, under_way).total
     return replace(EDGE, free_memory_bytes=int(needed / 0.85) + 2)

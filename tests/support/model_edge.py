@@ -461,9 +461,7 @@ class Process:
 class Edge:
     """What outlives the process: the name, the disk. `wanted`: steps to take in all; None: until the hub is done."""
 
-    def __init__(
-        self, name: str, wanted: int | None, evaluates: bool, micros: int = 1, window: int = 16
-    ) -> None:
+    def __init__(self, name: str, wanted: int | None, evaluates: bool, micros: int = 1, window: int = 16) -> None:
         self.name, self.wanted, self.evaluates = name, wanted, evaluates
         self.micros, self.window = micros, window
         self.disk: dict[tuple[int, int], Standing] = {}

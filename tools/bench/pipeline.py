@@ -48,9 +48,9 @@ def _pipelined(bench: Bench) -> list[Row]:
     found = {name: statistics.median(values) for name, values in seconds.items()}
     bound = max(found["edge"], found["unsplit"] - found["edge"])
     bench.say(
-        f"training step: unsplit {found['unsplit']:.3f} s, of which the edge's part {found['edge']:.3f} s and the hub's "
-        f"{found['unsplit'] - found['edge']:.3f} s, so the bound is {bound:.3f} s; at once {found['at once']:.3f} s, "
-        f"in 4 micro-batches {found['pipelined']:.3f} s"
+        f"training step: unsplit {found['unsplit']:.3f} s, of which the edge's part {found['edge']:.3f} s and the "
+        f"hub's {found['unsplit'] - found['edge']:.3f} s, so the bound is {bound:.3f} s; "
+        f"at once {found['at once']:.3f} s, in 4 micro-batches {found['pipelined']:.3f} s"
     )
     return [
         at_least(PIPELINED, bound / found["pipelined"], 0.9),
