@@ -601,6 +601,34 @@ def ignore(_: object) -> None:
     """An answer that nobody waits for."""
 
 
+def test_who_was_too_late_for_a_step_with_a_checkpoint_can_go_back_to_it() -> None:
+    """It has not heard of its step yet that the checkpoint counts; the hub that comes after tells it."""
+    recipe = Recipe((3, 3), 20, 0, ((2, 2), (1, 1)), quorum=1)
+    hub, edges = recipe.hub(), recipe.edges()
+    early, late = edges
+    for edge in edges:
+        edge.start(hub)
+    while hub.applied.get(late.name, 0) < 1:
+        for edge in edges:
+            if edge.can_act:
+                edge.act()
+        if hub.computing is not None:
+            hub.finish()
+    hub.checkpoint_due()
+    while not hub.writing:
+        if early.can_act:
+            early.act()
+        hub.deadline_passes()
+        if hub.computing is not None:
+            hub.finish()
+    hub.kill(written=1, published=False)
+    for edge in edges:
+        assert edge.process is not None
+        edge.process.lose_mail()
+    assert finish(hub, edges)
+    assert [edge.skips for edge in edges] == [0, 0]
+
+
 TestHonest = HonestOnly.TestCase
 TestHonest.settings = _SETTINGS
 TestQuorum = Quorum.TestCase
