@@ -223,7 +223,10 @@ class Stepping:
         state.joined, state.applying = (), ()
         state.phase = Phase.CLOSING if closes else Phase.FORWARD
         for member in state.members.values():
-            if self._has_to_upload(member):
+            if any(asked.step < member.applied for asked in member.smashed.values()):
+                # Begun anew meanwhile, perhaps from another seat: it is taken.
+                self._replace_smashed(member)
+            elif self._has_to_upload(member):
                 self.refuse_smashed(member, *_CLOSING)
 
     def _applied(self, member: Member, taken: StepTaken) -> None:
@@ -237,8 +240,6 @@ class Stepping:
             # What it uploaded before lacks this step: it uploads again when the round closes.
             member.upload = None
         self._answer_taken(member, request, member.micros - 1)
-        if any(asked.step <= taken.step for asked in member.smashed.values()):
-            self._replace_smashed(member)
 
     def watch_deadline(self) -> None:
         """It runs from when the first member's smashed states wait to be joined."""
