@@ -39,6 +39,8 @@ class Flow:
     out: list[torch.Tensor | None] = field(default_factory=list)
     #: told which rows are inside whenever that changes (a cache with rows of its own); None where nobody asks
     on_rows: Callable[[list[int]], None] | None = None
+    #: given a layer's forward and the rows inside, what to run in its place; None: the forward itself
+    around: Callable[[Callable[..., Any], list[int]], Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         self.out = [None] * len(self.enters)
@@ -124,6 +126,8 @@ def _gate(layer: nn.Module, number: int, forward: Callable[..., Any], *args: Any
         rows = torch.tensor(flow.rows, device=hidden.device)
         args = tuple(_select(value, rows, batch) for value in args)
         kwargs = {key: _select(value, rows, batch) for key, value in kwargs.items()}
+    if flow.around is not None:
+        forward = flow.around(forward, flow.rows)
     if "hidden_states" in kwargs:
         kwargs["hidden_states"] = hidden
         output = forward(*args, **kwargs)
@@ -193,13 +197,14 @@ class MiddleBlocks:
         positions: torch.Tensor,
         cache: Cache | None = None,
         on_rows: Callable[[list[int]], None] | None = None,
+        around: Callable[[Callable[..., Any], list[int]], Callable[..., Any]] | None = None,
     ) -> torch.Tensor:
-        """Run every row from its entry to its exit.
+        """Run every row from its entry to its exit; see Flow for `on_rows` and `around`.
 
         states [rows, width, hidden]; enters, leaves: absolute layers per row; mask: bool [rows, past + width]
         or None; positions: int64 [rows, width]. Returns [rows, width, hidden].
         """
-        flow = Flow(states, enters, leaves, on_rows=on_rows)
+        flow = Flow(states, enters, leaves, on_rows=on_rows, around=around)
         arguments = {
             "inputs_embeds": states,
             "attention_mask": mask,

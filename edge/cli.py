@@ -67,6 +67,9 @@ def join_(
     ] = None,
     noise: NoiseOption = 0.02,
     batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    micro_batches: Annotated[
+        str, typer.Option(help="Parts that a batch goes through in, at the edge and the hub at the same time.")
+    ] = "auto",
     seq: Annotated[int, typer.Option(min=2, help="Tokens per row, at most.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Learning rate of this edge's blocks (default: the hub's).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all (default: until the hub is done).")] = None,
@@ -107,6 +110,7 @@ def join_(
                 profile=profile,
                 noise=noise,
                 batch=batch,
+                micro_batches=micro_batches,
                 seq=seq,
                 lr=lr,
                 steps=steps,

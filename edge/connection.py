@@ -19,7 +19,7 @@ from blocks.adapters import LoraSpec
 from blocks.codec import wire_dtype
 from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
-from blocks.remote import RemoteBlocks, build_edge, remote_of
+from blocks.remote import build_edge, remote_of
 from blocks.source import ModelFiles, open_model
 from blocks.surgery import CutModel, load, store_by_columns
 from blocks.weights import Watched
@@ -162,14 +162,11 @@ def build(
     return cut
 
 
-def attach(
-    cut: CutModel, client: HubClient, welcome: m.Welcome, wire: str | None = None
-) -> tuple[RemoteBlocks, HubMiddle]:
+def attach(cut: CutModel, client: HubClient, welcome: m.Welcome, wire: str | None = None) -> HubMiddle:
     """Let the model's stand-in talk to the hub, in the wire dtype that the user calls `wire` (default: its own)."""
     middle = HubMiddle(client, welcome.adapter_version, wire_dtype(wire))
-    remote = remote_of(cut)
-    remote.attach(middle)
-    return remote, middle
+    remote_of(cut).attach(middle)
+    return middle
 
 
 def lora_spec(recipe: m.Recipe, config: Any) -> LoraSpec:

@@ -22,7 +22,8 @@ from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.interrupts import Interrupts
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
 from edge.noise import GaussianNoise
-from edge.planning import Planned, choose_partition, measure_link
+from edge.pipeline import Pipeline
+from edge.planning import Planned, choose_partition, in_micro_batches, measure_link
 from edge.snapshots import Snapshots
 from edge.state import EdgeState
 from edge.trainer import Parts, Trainer
@@ -42,6 +43,7 @@ class JoinOptions:
     profile: str | None
     noise: float
     batch: int
+    micro_batches: str
     seq: int
     lr: float | None
     steps: int | None
@@ -104,7 +106,8 @@ class Joining:
         # A run that goes on keeps its partition: its adapter is that of these layers.
         snapshots = connection.state.snapshots()
         owned.callback(snapshots.close)
-        again = connection.membership.partition if snapshots.newest() is not None else None
+        newest = snapshots.newest()
+        again = connection.membership.partition if newest is not None else None
         planned = self._planned = choose_partition(
             again if again and options.partition == "auto" else options.partition,
             options.profile,
@@ -116,6 +119,10 @@ class Joining:
             self._journal,
             self._bits,
         )
+        planned = self._planned = in_micro_batches(
+            planned, options.micro_batches, newest.micro_batches if newest is not None else None, options.seq
+        )
+        self._journal.log(str(planned))
         partition = planned.partition
         self._phase = "loading blocks"
         keep_large_tensors_apart()
@@ -133,7 +140,7 @@ class Joining:
         packs = served.files.config.model_type in PACKS_EXACTLY
         source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
         self._run_trainer(connection, trainer, source, lambda: eval_batches(
-            held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
+            held_out, planned.rows_at_once, options.seq, packs, _pad_id(tokenizer)
         ))  # fmt: skip
 
     def _make_trainer(
@@ -142,17 +149,23 @@ class Joining:
         assert self._noise is not None
         assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
-        remote, middle = attach(cut, connection.client, welcome, self._options.wire)
+        middle = attach(cut, connection.client, welcome, self._options.wire)
+        planned = self._planned
         # As the training itself: the held-out loss must not end it because the hub is away.
         middle.comeback_s = self._options.give_up or math.inf
         recipe = welcome.recipe
         schedule = Schedule(self._options.lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
         optimizer = AdapterOptimizer(adapters.parameters(cut), schedule)
         course = Course(
-            cut, middle, snapshots, connection.adapter, self._journal, welcome, self._planned.partition, optimizer
-        )
+            cut, middle, snapshots, connection.adapter, self._journal, welcome, planned.partition,
+            planned.micro_batches, optimizer,
+        )  # fmt: skip
         course.begin(welcome)
-        parts = Parts(cut, remote, middle, connection.client, self._noise, self._journal, self._interrupts.whole)
+        pipeline = Pipeline(cut, middle, self._noise, planned.under_way)
+        parts = Parts(
+            cut, middle, connection.client, self._noise, self._journal, pipeline, planned.micro_batches,
+            self._interrupts.whole,
+        )  # fmt: skip
         return Trainer(parts, course, self._options.steps)
 
     def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:

@@ -127,7 +127,7 @@ def _connected(
     if welcome.adapter_version:
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
         adapters.write(cut, connection.adapter(welcome.adapter_version))
-    _, middle = attach(cut, connection.client, welcome, wire)
+    middle = attach(cut, connection.client, welcome, wire)
     drafting = Drafting(lambda: connection.client.figures.round_trip_s)
     drafting.install(cut.model)
     cut.model.hub = Link(connection, served.files.tokenizer(), noise, middle, drafting)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,16 +22,6 @@ from messaging.errors import ErrorCode, HubError, LinkLost
 
 _COMEBACK_S = 30.0
 _GROW = 128
-
-
-@dataclass
-class StepTimes:
-    """When a training step went out and came back, in seconds of the process clock."""
-
-    smashed_sent: float = 0.0
-    hidden_here: float = 0.0
-    grad_sent: float = 0.0
-    grad_here: float = 0.0
 
 
 class _Record:
@@ -61,6 +52,16 @@ class _Record:
         return self._states[:, have:past]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Micro-batch `micro` of `micros` of step `step`, with so many target tokens."""
+
+    step: int
+    micro: int
+    micros: int
+    tokens: int
+
+
 class HubMiddle:
     """`blocks.remote.Middle` over a HubClient.
 
@@ -74,13 +75,8 @@ class HubMiddle:
         self.version = version
         self._records: dict[int, _Record] = {}
         self._next_stream = 1
-        #: the training step under way, and its target tokens; set by the trainer
-        self.step, self.tokens = 0, 0
-        self.times = StepTimes()
         #: called before a training step is asked of the hub
         self.before_step: Callable[[], None] = lambda: None
-        #: the hub's reply to the latest step
-        self.step_grad: m.StepGrad | None = None
         #: how long inference waits for a hub that was lost or is stopping, in seconds; inf for ever
         self.comeback_s = _COMEBACK_S
         #: inference requests that went to the hub and back
@@ -88,24 +84,22 @@ class HubMiddle:
 
     # -- training ------------------------------------------------------------------------------------
 
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """See Middle."""
+    def send_smashed(self, part: Part, smashed: torch.Tensor, layout: Layout) -> Future[m.AnyMessage]:
+        """Ask for the forward of a micro-batch; `hidden` takes the answer. Before that the last step is on the disk."""
         self.before_step()
-        self.times = StepTimes(smashed_sent=time.perf_counter())
-        message = m.StepForward(self.step, self.tokens, layout.to_ints(), to_wire(smashed, self._wire))
-        reply = self._client.ask(message, m.StepHidden)
-        hidden = _received(reply.hidden, smashed)
-        self.times.hidden_here = time.perf_counter()
-        return hidden
+        states = to_wire(smashed.detach(), self._wire)
+        return self._client.submit(
+            m.StepForward(part.step, part.tokens, layout.to_ints(), states, part.micro, part.micros)
+        )
 
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        """See Middle."""
-        self.times.grad_sent = time.perf_counter()
-        reply = self._client.ask(m.StepBackward(self.step, to_wire(grad_hidden, self._wire)), m.StepGrad)
-        grad = _received(reply.grad_smashed, grad_hidden)
-        self.step_grad = reply
-        self.times.grad_here = time.perf_counter()
-        return grad
+    def send_gradient(self, part: Part, gradient: torch.Tensor) -> Future[m.AnyMessage]:
+        """Ask for the backward of a micro-batch, with the gradient of the summed loss by hidden."""
+        return self._client.submit(m.StepBackward(part.step, to_wire(gradient, self._wire), part.micro))
+
+    def may_be_under_way(self, smashed: torch.Tensor) -> int:
+        """How many micro-batches like this one may be at the hub at a time, with room for a gradient; 1 at least."""
+        size = smashed.numel() * smashed.element_size() + m.MAX_HEADER_BYTES
+        return max(self._client.credits // size - 1, 1)
 
     # -- generation and evaluation -------------------------------------------------------------------
 
@@ -131,7 +125,7 @@ class HubMiddle:
                 if have < layout.past:
                     self._replay(sent, layout, stream, have)
                     have, order = layout.past, ()
-                return _received(self._ask(sent, layout, stream, order), smashed)
+                return received(self._ask(sent, layout, stream, order), smashed)
             except HubError as error:
                 if error.code is ErrorCode.CACHE_MISS:
                     have = 0 if order else error.detail
@@ -157,5 +151,6 @@ class HubMiddle:
         return self._client.ask(message, m.InferHidden).hidden
 
 
-def _received(tensor: m.Tensor, like: torch.Tensor) -> torch.Tensor:
+def received(tensor: m.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What came over the wire as a tensor of `like`'s shape, dtype and device. ProtocolError if it is not that."""
     return from_wire(tensor, dtype=like.dtype, shape=tuple(like.shape)).to(like.device)

@@ -37,13 +37,33 @@ _LINK = Link(0.02, 12.5e6, 12.5e6)
 _BATCH, _SEQ = 4, 128
 
 
+#: What `auto` cuts a batch into that fits the memory whole: so many micro-batches at most, of so many positions each
+#: at least. More would hide little more time, and smaller ones waste it in every layer.
+_AUTO_PARTS, _AUTO_POSITIONS = 4, 128
+
+
 @dataclass(frozen=True)
 class Planned:
-    """The partition to take, the rows that fit in one step, and the plan behind it."""
+    """The partition to take, the plan behind it, and how a step is taken.
+
+    rows: of a step. micro_batches: that these go through in; under_way: how many of them at a time.
+    """
 
     partition: Partition
     rows: int
     plan: Plan
+    micro_batches: int = 1
+    under_way: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that fit the memory in one forward."""
+        return -(-self.rows // self.plan.micro_batches)
+
+    def __str__(self) -> str:
+        if self.micro_batches == 1:
+            return f"a step takes its {self.rows} rows at once"
+        return f"a step takes its {self.rows} rows in {self.micro_batches} micro-batches, {self.under_way} under way"
 
 
 def choose_partition(
@@ -79,10 +99,39 @@ def choose_partition(
         raise InputError(str(error)) from error
     for reason in chosen.reasons:
         journal.log(reason)
-    rows = -(-batch // chosen.micro_batches)
-    if rows < batch:
-        journal.log(f"a batch of {batch} does not fit: taking steps of {rows} rows")
+    rows = batch
+    if chosen.micro_batches > m.MOST_MICRO_BATCHES:
+        rows = -(-batch // chosen.micro_batches) * m.MOST_MICRO_BATCHES
+        journal.log(f"a batch of {batch} does not fit, not in micro-batches either: taking steps of {rows} rows")
+        chosen = replace(chosen, micro_batches=m.MOST_MICRO_BATCHES)
     return Planned(Partition(chosen.p, chosen.q), rows, chosen)
+
+
+def in_micro_batches(planned: Planned, asked: str, before: int | None, seq: int) -> Planned:
+    """How a step of at most `seq` positions a row goes through: in `asked` micro-batches, a number or "auto".
+
+    `auto` takes what the training had `before`, as a step that is repeated has to be the same; then what the memory
+    needs; and where that is no limit, enough of them to keep edge, link and hub busy at once. InputError for a
+    number that is none, or that the memory does not allow.
+    """
+    needed, rows = planned.plan.micro_batches, planned.rows
+    if asked != "auto":
+        if not asked.isdecimal() or not 1 <= int(asked) <= m.MOST_MICRO_BATCHES:
+            raise InputError(f"--micro-batches {asked}: give auto, or a number from 1 to {m.MOST_MICRO_BATCHES}")
+        count = int(asked)
+        if count < needed:
+            raise InputError(
+                f"--micro-batches {asked}: a batch of {rows} needs {needed} of them to fit: give that, "
+                "a smaller --batch or auto"
+            )
+    elif before is not None and before >= needed:
+        count = before
+    elif needed > 1:
+        count = needed
+    else:
+        count = max(min(_AUTO_PARTS, rows, rows * seq // _AUTO_POSITIONS), 1)
+    # Where the whole batch fits, so do all of its parts.
+    return replace(planned, micro_batches=count, under_way=count if needed == 1 else planned.plan.under_way)
 
 
 def measure_link(asker: Any) -> Link:

@@ -71,5 +71,5 @@ class Admission:
 
     def _waiting_bytes(self) -> int:
         """Bytes of the steps that wait for the rest of their cohort, and give no room before it is here."""
-        waiting = {seat for seat, member in self._members.items() if member.smashed is not None}
+        waiting = {seat for seat, member in self._members.items() if member.smashed}
         return sum(session.account.outstanding for session in self._sessions if session.seat in waiting)

@@ -149,7 +149,8 @@ class Desk:
             case m.StepForward():
                 return self._smashed(session, request, message)
             case m.StepBackward():
-                return ev.GradientReceived(session.seat, request, message.step, message.grad_hidden)
+                micro = message.micro
+                return ev.GradientReceived(session.seat, request, message.step, message.grad_hidden, micro)
             case m.Infer():
                 return self._infer(session, request, message)
             case m.AwaitRound():
@@ -166,13 +167,17 @@ class Desk:
             raise HubError(
                 ErrorCode.BEHIND, f"step {message.step} was asked for, but the hub is at {session.applied} of this edge"
             )
+        micro, micros = message.micro, message.micros
+        if micro >= micros:
+            raise ProtocolError(f"there is no micro-batch {micro} in a step of {micros}: they are counted from 0")
         layout = self._layout(message.smashed, message.layout, 0)
         if message.tokens > layout.rows * layout.width:
             raise ProtocolError("more target tokens than positions")
-        item = StepItem(session.seat, session.place, layout, message.tokens, message.smashed)
-        again = message.step < session.forwarded
-        session.forwarded = max(session.forwarded, message.step + 1)
-        return ev.SmashedReceived(session.seat, request, message.step, item, item.digest() if again else b"")
+        item = StepItem(session.seat, session.place, layout, message.tokens, message.smashed, micro, micros)
+        again = (message.step, micro) < session.forwarded
+        session.forwarded = max(session.forwarded, (message.step, micro + 1))
+        digest = item.digest() if again else b""
+        return ev.SmashedReceived(session.seat, request, message.step, item, digest, micro, micros)
 
     def _infer(self, session: Session, request: int, message: m.Infer) -> ev.Event:
         layout = self._layout(message.smashed, message.layout, message.past)
@@ -211,14 +216,14 @@ class Desk:
     def hidden(self, action: act.AnswerForward) -> m.AnyMessage:
         """The reply to a StepForward."""
         answer = action.answer
-        return m.StepHidden(action.step, answer) if isinstance(answer, m.Tensor) else refusal(answer)
+        return m.StepHidden(action.step, answer, action.micro) if isinstance(answer, m.Tensor) else refusal(answer)
 
     def grad(self, action: act.AnswerBackward, checkpoint: int) -> m.AnyMessage:
         """The reply to a StepBackward; `checkpoint`: the steps of this edge in the newest checkpoint begun."""
         answer = action.answer
         if not isinstance(answer, m.Tensor):
             return refusal(answer)
-        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), checkpoint, answer)
+        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), checkpoint, answer, action.micro)
 
     def infer_hidden(self, action: act.AnswerInfer) -> m.AnyMessage:
         """The reply to an Infer."""

@@ -29,6 +29,7 @@ from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import KvBudget
 from hub.streams import Streams, Work
+from hub.training import Gradients, Graph, JoinedStep, keep_apart
 from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError
 
 _TRAIN = "training_copy"
@@ -36,22 +37,17 @@ _TRAIN = "training_copy"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes."""
+    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes.
+
+    recompute: training keeps the layers' inputs only, and runs each layer once more in the backward.
+    """
 
     spec: LoraSpec
     schedule: Schedule
     dtype: torch.dtype
     device: torch.device
     kv_bytes: int
-
-
-@dataclass
-class _Pending:
-    """A joined forward that waits for its gradients: the graph's inputs and outputs, part by part."""
-
-    items: list[StepItem]
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
+    recompute: bool = False
 
 
 class Engine:
@@ -73,14 +69,15 @@ class Engine:
         if self._batches:
             ragged.install(self._plain.cut.model)
             ragged.install(self._tuned.cut.model)
-        trained = adapters.parameters(self._tuned.cut, _TRAIN)
-        self.optimizer = AdapterOptimizer(trained, settings.schedule)
-        self._layer_of = {name: adapters.layer_of(name, self.names) for name in trained}
+        self._trained = adapters.parameters(self._tuned.cut, _TRAIN)
+        keep_apart(self._lora, _TRAIN, {id(parameter): name for name, parameter in self._trained.items()})
+        self.optimizer = AdapterOptimizer(self._trained, settings.schedule)
+        self._layer_of = {name: adapters.layer_of(name, self.names) for name in self._trained}
         self.hidden_size = config.get_text_config().hidden_size
         self.num_layers = layers
         self.budget = KvBudget(settings.kv_bytes)
         self._streams = Streams(layers, self.budget)
-        self._pending: _Pending | None = None
+        self._step = JoinedStep(settings.recompute)
         self._versions: set[int] = {0}
         #: target tokens that passed each absolute layer since the round began
         self.layer_tokens = [0] * layers
@@ -89,8 +86,13 @@ class Engine:
 
     # -- training ------------------------------------------------------------------------------------
 
-    def step_forward(self, items: Sequence[StepItem]) -> dict[int, Outcome]:
-        """Join the items' rows, run them forward once, keep the graph. An item whose tensor is bad is left out."""
+    def step_forward(self, items: Sequence[StepItem], micro: int = 0) -> dict[int, Outcome]:
+        """Join the items' rows, run them forward once, keep the graph. An item whose tensor is bad is left out.
+
+        The items are micro-batch `micro` of a joined step; the first one begins the step.
+        """
+        if not micro:
+            self._step = JoinedStep(self.settings.recompute)
         out: dict[int, Outcome] = {}
         good, parts = [], []
         for item in items:
@@ -105,22 +107,21 @@ class Engine:
         hidden: list[torch.Tensor] = []
         if parts:
             with torch.enable_grad():
-                hidden = self._run_joined(self._tuned, parts)
-        self._pending = _Pending(good, [part.states for part in parts], hidden)
+                hidden = self._run_joined(self._tuned, parts, [item.session for item in good])
+        self._step.forward_done(micro, Graph(good, [part.states for part in parts], hidden))
         out |= {item.session: hidden_like(states, item.smashed) for item, states in zip(good, hidden, strict=True)}
         return out
 
-    def step_backward(self, grads: Mapping[int, object]) -> dict[int, Outcome]:
-        """One backward and one optimizer step for the pending forward.
+    def step_backward(self, grads: Mapping[int, object], micro: int = 0) -> dict[int, Outcome]:
+        """The backward of a micro-batch; what it gives B's adapter is added up by edge until `apply_step`.
 
-        grads: gradient of the summed loss by hidden (a wire tensor) per session; a session without one counts
-        zero tokens. Returns the gradients by smashed of those that gave one.
+        grads: gradient of the summed loss by hidden (a wire tensor) per session. Returns the gradients by smashed
+        of those sessions.
         """
-        pending, self._pending = self._pending, None
-        assert pending is not None
+        graph = self._step.graphs.pop(micro)
         out: dict[int, Outcome] = {}
         roots, seeds, given = [], [], []
-        for item, start, hidden in zip(pending.items, pending.inputs, pending.outputs, strict=True):
+        for item, start, hidden in zip(graph.items, graph.inputs, graph.outputs, strict=True):
             grad = grads.get(item.session)
             if grad is None:
                 continue
@@ -132,42 +133,58 @@ class Engine:
             roots.append(hidden)
             given.append((item, start, grad))
         if roots:
+            # For layers that are run once more: generation may have used another adapter meanwhile.
+            self._use(_TRAIN)
             torch.autograd.backward(roots, seeds)
-        self._apply([item for item, _, _ in given])
+        self._step.backward_done([item for item, _, _ in given])
         for item, start, grad in given:
             assert start.grad is not None
             out[item.session] = gradient_like(start.grad, grad)  # type: ignore[arg-type]
         return out
 
-    def _apply(self, items: Sequence[StepItem]) -> None:
-        """Step the optimizer on the gradients of these items.
+    def edge_gradients(self) -> Gradients:
+        """The gradient of B's adapter that each edge gave in the step under way, of its summed loss, by session."""
+        return self._step.gradients
+
+    def apply_step(self, sessions: Sequence[int]) -> None:
+        """Step the optimizer on what these sessions gave, and end the step. All that others gave is dropped.
 
         Each layer's gradient is divided by the tokens of the rows that passed it. At equal partitions that is
         the cohort's count everywhere; at mixed ones it makes the hub's share of a layer weigh, in the mean over
         all who trained the layer, what the edges behind it weigh.
         """
-        passed = [
-            sum(item.tokens for item in items if item.place.enter <= layer < item.place.leave)
-            for layer in range(self.num_layers)
-        ]
+        step, self._step = self._step, JoinedStep(self.settings.recompute)
+        if not sessions:
+            return
+        passed = step.passed(sessions, self.num_layers)
+        total = step.total(sessions)
+        for name, parameter in self._trained.items():
+            parameter.grad = total.get(name)
         norm = self.optimizer.step({name: passed[layer] for name, layer in self._layer_of.items()})
         if math.isfinite(norm):
             self.layer_tokens = [before + new for before, new in zip(self.layer_tokens, passed, strict=True)]
 
-    def _run_joined(self, blocks: MiddleBlocks, parts: Sequence[Part]) -> list[torch.Tensor]:
-        """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order."""
+    def _run_joined(
+        self, blocks: MiddleBlocks, parts: Sequence[Part], edges: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order.
+
+        edges: whose each part is, to train on them.
+        """
         out: dict[int, torch.Tensor] = {}
         for batch in join(parts):
-            hidden = self._run(blocks, batch)
+            rows = [edges[i] for i, first, last, _ in batch.slices for _ in range(last - first)] if edges else None
+            hidden = self._run(blocks, batch, rows)
             for index, first, last, width in batch.slices:
                 out[index] = hidden[first:last, :width]
         return [out[i] for i in range(len(parts))]
 
-    def _run(self, blocks: MiddleBlocks, batch: Joined) -> torch.Tensor:
+    def _run(self, blocks: MiddleBlocks, batch: Joined, edges: Sequence[int] | None) -> torch.Tensor:
         self.forwards += 1
         device = self.settings.device
         mask = None if batch.mask is None else batch.mask.to(device)
-        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device))
+        around = self._step.layer_runner(edges) if edges else None
+        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around)
 
     def _states(self, tensor: object, layout: Layout, cached: bool) -> torch.Tensor:
         if layout.past and not cached:

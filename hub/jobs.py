@@ -26,18 +26,26 @@ class Place:
 
 @dataclass(frozen=True)
 class StepItem:
-    """One edge's part of a joined forward: smashed [batch, seq, hidden] with `tokens` targets behind it."""
+    """One edge's part of a joined forward: smashed [batch, seq, hidden] with `tokens` targets behind it.
+
+    It is micro-batch `micro` of the `micros` of its step.
+    """
 
     session: int
     place: Place
     layout: Layout
     tokens: int
     smashed: Tensor
+    micro: int = 0
+    micros: int = 1
 
     def digest(self) -> bytes:
         """Stands for everything that the answer depends on: equal for a repetition of the same step."""
-        about = (self.place, self.layout.to_ints(), self.tokens, self.smashed.dtype, self.smashed.shape)
-        sum_ = hashlib.sha256(repr(about).encode())
+        what = (
+            *(self.place, self.layout.to_ints(), self.tokens, self.micro, self.micros),
+            *(self.smashed.dtype, self.smashed.shape),
+        )
+        sum_ = hashlib.sha256(repr(what).encode())
         for chunk in self.smashed.chunks:
             sum_.update(chunk)
         return sum_.digest()

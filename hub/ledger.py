@@ -14,7 +14,6 @@ from hub.scheduler import events as ev
 from hub.scheduler.state import Phase, State
 from hub.sessions import Sessions
 from hub.worker import CheckpointWritten, Progress
-from messaging.messages import Tensor
 
 
 class Ledger:
@@ -50,20 +49,21 @@ class Ledger:
         return min(claimed, self.round_tokens(key))
 
     def begins(self, action: act.RunForward, sessions: Sessions) -> None:
-        """A joined forward is handed to the compute thread."""
-        inside = [(sessions.find(seat), item) for seat, item in action.payloads]
-        self._stepping = {
-            session.seat: (session.key, self.applied(session.key) + 1, item.tokens)
-            for session, item in inside
-            if session is not None and isinstance(item, StepItem)
-        }
+        """The joined forward of a micro-batch is handed to the compute thread."""
+        if not action.micro:
+            self._stepping = {}
+        for seat, item in action.payloads:
+            session = sessions.find(seat)
+            if session is not None and isinstance(item, StepItem):
+                before = self._stepping[seat][2] if seat in self._stepping else 0
+                self._stepping[seat] = (session.key, self.applied(session.key) + 1, before + item.tokens)
         if action.checkpoint:
             self._begun = dict(self._applied)
 
-    def stepped(self, event: ev.BackwardDone) -> None:
+    def stepped(self, event: ev.StepApplied) -> None:
         """The optimizer has stepped, whether or not the edges are still there to hear of it."""
-        for seat, answer in event.answers.items():
-            if isinstance(answer, Tensor) and seat in self._stepping:
+        for seat in event.sessions:
+            if seat in self._stepping:
                 key, applied, tokens = self._stepping[seat]
                 self._applied[key] = applied
                 self._round_tokens[key] = self._round_tokens.get(key, 0) + tokens
@@ -77,11 +77,11 @@ class Ledger:
         """A checkpoint is on the disk."""
         self._durable = dict(checkpoint.applied)
 
-    def progress(self, state: State, sessions: Sessions, stopping: bool = False) -> Progress:
-        """Everything as of now, for a checkpoint; of a hub that stops, with what its edges may not have heard."""
+    def progress(self, state: State, sessions: Sessions) -> Progress:
+        """Everything as of now, for a checkpoint, with what edges may not have heard."""
         seated = [(member, sessions.find(member.session)) for member in state.members.values()]
         here = [(member, session) for member, session in seated if session is not None]
-        answered = [answered_of(member, session.key) for member, session in here] if stopping else []
+        answered = [answered_of(member, session.key) for member, session in here]
         return Progress(
             state.hub_step,
             state.round,

@@ -127,13 +127,13 @@ class Seating:
             if name is None or (note.left and not note.contributes):
                 continue
             session = self._session(note.key, name, note.partition, None, None)
-            session.forwarded = session.applied
+            session.forwarded = (session.applied, 0)
             self._sessions.add(session)
             member = Member(session.seat, name, session.applied, contributes=note.contributes)
             state.members[session.seat] = member
             known = answers.get(note.key)
-            if known is not None and known.grad.step == session.applied - 1:
-                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
+            if known is not None and known.taken.step == session.applied - 1:
+                member.hiddens, member.taken = {known.taken.step: dict(known.hiddens)}, known.taken
         if state.members and gathered and state.phase is Phase.GATHERING:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
             names = ", ".join(member.name for member in state.members.values())

@@ -69,6 +69,9 @@ class Options:
     target_modules: tuple[str, ...]
     grace_s: float
     checkpoint_s: float
+    quorum: int | None
+    deadline_s: float | None
+    recompute: bool
     join_file: Path | None
     headless: bool
     seed: int
@@ -135,7 +138,7 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
     point, warnings = state.checkpoints.load_latest()
     for warning in warnings:
         journal.log(warning)
-    engine = load_engine(files, library.layers, _settings(recipe, spec, dtype, device), journal)
+    engine = load_engine(files, library.layers, _settings(recipe, spec, dtype, device, options.recompute), journal)
     published = _restore(engine, state, point, initial, journal)
     text_config = files.config.get_text_config()
     served = Served(
@@ -154,7 +157,7 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
         point.extra["round_tokens"] if point else {}, initial, f"fedsea {installed_version('fedsea')}",
     )  # fmt: skip
     with _listening(options, state, journal) as (transport, address, gate):
-        scheduler = _scheduler_state(recipe, point)
+        scheduler = _scheduler_state(recipe, point, options.quorum or 0)
         server = Server(
             transport=transport,
             state=state,
@@ -165,6 +168,7 @@ def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Jou
             journal=journal,
             grace_s=options.grace_s,
             checkpoint_s=options.checkpoint_s,
+            deadline_s=options.deadline_s or 0.0,
             check_gate=gate.check,
         )
         if point is not None:
@@ -236,8 +240,8 @@ def _restore(
     return published
 
 
-def _scheduler_state(recipe: Recipe, point: Checkpoint | None) -> State:
-    state = State(cohort=recipe.cohort, round_steps=recipe.round_steps, rounds=recipe.rounds)
+def _scheduler_state(recipe: Recipe, point: Checkpoint | None, quorum: int) -> State:
+    state = State(cohort=recipe.cohort, round_steps=recipe.round_steps, rounds=recipe.rounds, quorum=quorum)
     if point is not None:
         state.hub_step, state.round = point.hub_step, point.round
         state.round_step, state.version = point.round_step, point.version
@@ -260,9 +264,11 @@ def _recipe(options: Options, spec: LoraSpec) -> Recipe:
     )
 
 
-def _settings(recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device) -> EngineSettings:
+def _settings(
+    recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device, recompute: bool
+) -> EngineSettings:
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
-    return EngineSettings(spec, schedule, dtype, device, _kv_bytes(device))
+    return EngineSettings(spec, schedule, dtype, device, _kv_bytes(device), recompute)
 
 
 def _check_state(state: HubState, model_hash: str, recipe: Recipe) -> None:

@@ -65,6 +65,7 @@ class Server:
         journal: Journal,
         grace_s: float,
         checkpoint_s: float,
+        deadline_s: float,
         check_gate: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,6 +89,9 @@ class Server:
         self._admission = Admission(
             self._post, desk.credits, self._sessions, scheduler_state.members, self._seating.close
         )
+        self._deadline_s = deadline_s
+        #: when the time to gather for a joined step is over, and its number
+        self._deadline = (math.inf, 0)
         self._checkpoint_s = checkpoint_s
         #: when the next checkpoint is due; inf while one is due or being written
         self._checkpoint_at = clock() + checkpoint_s
@@ -125,7 +129,8 @@ class Server:
 
     def _main_loop(self) -> None:
         while not self._stopping.is_set() and self._failure is None:
-            wait = _PARKED_S if self._post.waiting else max(min(self._tick_at, self._look_at) - self._clock(), 0.0)
+            next_at = min(self._tick_at, self._look_at, self._deadline[0])
+            wait = _PARKED_S if self._post.waiting else max(next_at - self._clock(), 0.0)
             arrivals = self._transport.poll(wait)
             for arrival in arrivals:
                 self._arrived(arrival)
@@ -136,6 +141,9 @@ class Server:
                 self._post.send_parked()
             elif arrivals:
                 self._transport.rest(self._lull.rest_s(len(self._sessions)))
+            if self._clock() >= self._deadline[0]:
+                (_, gathering), self._deadline = self._deadline, (math.inf, 0)
+                self._decide(ev.DeadlinePassed(gathering))
             if self._clock() >= self._look_at:
                 self._look_at = self._clock() + WATCH_S
                 self._guard.look()
@@ -157,7 +165,7 @@ class Server:
                 self._post.tell(session, route, request, error(ErrorCode.SHUTDOWN, "the hub is stopping"))
         self._filing.close()
         if self._failure is None:
-            self._worker.finish(self._ledger.progress(self._scheduler.state, self._sessions, stopping=True))
+            self._worker.finish(self._ledger.progress(self._scheduler.state, self._sessions))
             step = self._scheduler.state.hub_step
             self._journal.log(f"checkpoint written at step {step}; start `hub serve` with the same --state to go on")
 
@@ -278,7 +286,9 @@ class Server:
                 case act.Note():
                     self._journal.log(action.text)
                 case act.Refuse():
-                    self._reply(action.session, action.request, error(action.code, action.text))
+                    self._reply(action.session, action.request, error(action.code, action.text, action.detail))
+                case act.StartDeadline():
+                    self._deadline = (self._clock() + self._deadline_s, action.gathering)
                 case act.AnswerForward():
                     self._reply(action.session, action.request, self._desk.hidden(action))
                 case act.AnswerBackward():
@@ -315,7 +325,7 @@ class Server:
                 self._checkpoint_at = self._clock() + self._checkpoint_s
             return
         self._figures.ended()
-        if isinstance(event, ev.BackwardDone):
+        if isinstance(event, ev.StepApplied):
             self._figures.stepped(event)
             self._ledger.stepped(event)
             self._seating.catch_up()

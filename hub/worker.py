@@ -29,7 +29,7 @@ class Progress:
     """What a checkpoint needs to know besides tensors.
 
     `applied` counts steps by edge key, `round_tokens` the target tokens of the open round. `gathered`: the cohort
-    has begun. `answered`: answers that edges may not have heard; only a hub that stops keeps them.
+    has begun. `answered`: answers that edges may not have heard.
     """
 
     hub_step: int
@@ -117,7 +117,10 @@ class Worker:
             case act.RunForward():
                 return self._forward(action, progress)
             case act.RunBackward():
-                return ev.BackwardDone(self.engine.step_backward(action.gradients))
+                return ev.BackwardDone(self.engine.step_backward(action.gradients, action.micro))
+            case act.ApplyStep():
+                self.engine.apply_step(action.sessions)
+                return ev.StepApplied(action.sessions)
             case act.RunInfer():
                 return self._infer(action)
             case act.CloseRound():
@@ -134,7 +137,7 @@ class Worker:
         if action.checkpoint:
             self._save(progress)
         items = [item for _, item in action.payloads if isinstance(item, StepItem)]
-        answers = self.engine.step_forward(items)
+        answers = self.engine.step_forward(items, action.micro)
         return ev.ForwardDone(answers, {item.session: item.digest() for item in items})
 
     def _infer(self, action: act.RunInfer) -> ev.Event:

@@ -40,6 +40,10 @@ Key = Annotated[str, Limit(40)]
 Count = Annotated[int, Limit((1 << 53) - 1)]
 Signed = Annotated[int, Limit((1 << 53) - 1, -1)]
 Flag = Annotated[int, Limit(1)]
+#: The most micro-batches that a step may have: each is a graph that the hub holds.
+MOST_MICRO_BATCHES = 16
+Micro = Annotated[int, Limit(MOST_MICRO_BATCHES - 1)]
+Micros = Annotated[int, Limit(MOST_MICRO_BATCHES)]
 #: Integers that describe the rows of a batch; see `blocks.layout`.
 Layout = Annotated[tuple[int, ...], Limit(4096)]
 Names = Annotated[tuple[str, ...], Limit(64)]
@@ -324,7 +328,8 @@ class Bye(Message):
 
 @dataclass(frozen=True)
 class StepForward(Message):
-    """E: smashed [batch, seq, hidden] of step `step`, with `tokens` target tokens behind it."""
+    """E: smashed [batch, seq, hidden] of micro-batch `micro` of `micros` of step `step`, with `tokens` target tokens
+    behind it. The step counts when all of its micro-batches went forward and backward."""
 
     kind: ClassVar[int] = 13
     ordered: ClassVar[bool] = True
@@ -332,15 +337,18 @@ class StepForward(Message):
     tokens: Count
     layout: Layout
     smashed: Tensor
+    micro: Micro = 0
+    micros: Micros = 1
 
 
 @dataclass(frozen=True)
 class StepHidden(Message):
-    """H: hidden [batch, seq, hidden] of that step."""
+    """H: hidden [batch, seq, hidden] of that micro-batch."""
 
     kind: ClassVar[int] = 14
     step: Count
     hidden: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)
@@ -351,13 +359,15 @@ class StepBackward(Message):
     ordered: ClassVar[bool] = True
     step: Count
     grad_hidden: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)
 class StepGrad(Message):
-    """H: gradient with respect to smashed. `round_closes` 1: upload the adapter now; `hub_step` counts
-    the optimizer steps of B. `checkpoint`: a hub that dies goes back to so many steps of this edge, or to
-    what it said before, so the edge keeps what it had then."""
+    """H: gradient with respect to smashed. That of the last micro-batch comes when the step is applied, and what it
+    tells besides holds from then on: `round_closes` 1: upload the adapter now; `hub_step` counts the optimizer
+    steps of B. `checkpoint`: a hub that dies goes back to so many steps of this edge, or to what it said before, so
+    the edge keeps what it had then."""
 
     kind: ClassVar[int] = 16
     step: Count
@@ -365,6 +375,7 @@ class StepGrad(Message):
     round_closes: Flag
     checkpoint: Count
     grad_smashed: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)

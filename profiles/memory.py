@@ -74,11 +74,18 @@ class MemoryPrediction:
 
 
 def predict_memory(
-    model: ModelShape, p: int, q: int, workload: Workload, device: str, micro_batches: int = 1
+    model: ModelShape,
+    p: int,
+    q: int,
+    workload: Workload,
+    device: str,
+    micro_batches: int = 1,
+    under_way: int = 1,
 ) -> MemoryPrediction:
     """The peak of an edge that hosts the first `p` and last `q` layers on a `device` ("cpu", "cuda", "mps").
 
-    With `micro_batches` the batch goes through in that many parts, one after the other.
+    With `micro_batches` the batch goes through in that many parts. One of them is in C at a time; `under_way` of
+    them are between their forward and their backward in A.
     Raises PlanError while the workload's dtype is "auto".
     """
     rows = -(-workload.batch // micro_batches)
@@ -89,11 +96,11 @@ def predict_memory(
     return MemoryPrediction(
         weights=weight_bytes(model, p, q, workload),
         adapters=adapter_bytes * (ADAPTER_COPIES[device] if workload.training else 1),
-        activations=_activations(model, hosted, rows, workload),
+        activations=_activations(model, p * under_way + q, rows, workload),
         logits=_logits(model, rows, workload),
         cache=0 if workload.training else 2 * model.kv_width * hosted * tokens * workload.value_bytes,
         # smashed as sent and kept for a retry, hidden as received and as a tensor
-        wire=3 * wire if workload.training else wire,
+        wire=3 * under_way * wire if workload.training else wire,
         holes=_holes(model, hosted, tokens, workload, device, _piece(model, tokens), MMAP_BYTES),
         runtime=RUNTIME_BYTES[device],
         dequantized=_dequantized(model, tokens, workload, device),

@@ -4,7 +4,8 @@
 2. p and q are at least their floors (privacy asks for the one on p), and the hub keeps at least one layer.
    Linear layers are quantized only where the workload says so: it costs time and a little quality.
 3. A partition fits when its predicted peak is at most 85% of the machine's free memory. Where a whole batch does
-   not fit, the batch is split into as few micro-batches as do, down to one row each.
+   not fit, the batch is split into as few micro-batches as do, down to one row each, with as many of them under way
+   at a time as fit.
 4. Among the partitions that fit: the least predicted step time, ties to the larger p, then to the smaller q.
 5. Where none fits, PlanError says what the smallest one needs, what there is, and what to do.
 """
@@ -39,6 +40,8 @@ class Plan:
     q: int
     dtype: str
     micro_batches: int
+    #: micro-batches that may be between their forward in A and their backward there, at a time
+    under_way: int
     memory: MemoryPrediction
     step_time_s: float
     bytes_per_step: int
@@ -74,9 +77,10 @@ class _Task:
     def fit(self, p: int, q: int) -> Plan | None:
         """Rule 3: p:q with as few micro-batches as fit; None where not even single rows do."""
         for micro_batches in range(1, self.workload.batch + 1):
-            memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches)
-            if memory.total <= usable_bytes(self.machine):
-                return self._plan(p, q, micro_batches, memory)
+            for under_way in range(micro_batches, 0, -1):
+                memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches, under_way)
+                if memory.total <= usable_bytes(self.machine):
+                    return self._plan(p, q, micro_batches, under_way, memory)
         return None
 
     def fitting(self, p_floor: int, q_floor: int) -> Iterator[Plan]:
@@ -88,13 +92,14 @@ class _Task:
                     break
                 yield candidate
 
-    def _plan(self, p: int, q: int, micro_batches: int, memory: MemoryPrediction) -> Plan:
+    def _plan(self, p: int, q: int, micro_batches: int, under_way: int, memory: MemoryPrediction) -> Plan:
         seconds = step_seconds(self.model, self.machine, self.hub, self.link, self.workload, p + q, micro_batches)
         return Plan(
             p=p,
             q=q,
             dtype=self.workload.dtype,
             micro_batches=micro_batches,
+            under_way=under_way,
             memory=memory,
             step_time_s=seconds,
             bytes_per_step=step_bytes(self.model, self.workload),

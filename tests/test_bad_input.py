@@ -80,6 +80,10 @@ def test_folder_without_a_model(run: Run, tmp_path: Path) -> None:
         (("--listen", "tcp://192.0.2.1:0"), "--listen"),
         (("--lr", 0), "--lr"),
         (("--target-modules", "nonsense"), "nonsense"),
+        (("--cohort", 2, "--quorum", 1), "--deadline"),
+        (("--cohort", 2, "--deadline", 5), "--quorum"),
+        (("--cohort", 2, "--quorum", 3, "--deadline", 5), "at most"),
+        (("--cohort", 2, "--quorum", 1, "--deadline", "inf"), "--deadline inf"),
     ],
 )
 def test_bad_options_of_serve(run: Run, tmp_path: Path, options: tuple[object, ...], named: str) -> None:

@@ -18,13 +18,15 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig
 
+import messaging.messages as m
 from blocks import adapters
 from blocks.codec import from_wire, to_wire
 from blocks.layout import Layout
@@ -36,7 +38,9 @@ from blocks.surgery import CutModel, build_whole, load, store_by_columns
 from blocks.weights import TensorInfo
 from edge.allocator import keep_large_tensors_apart
 from edge.data import Batch
-from edge.loss import summed_loss
+from edge.middle import HubMiddle, Part
+from edge.noise import GaussianNoise
+from edge.pipeline import Pipeline
 from profiles.memory import MemoryPrediction, predict_memory
 from profiles.model import shape_from_config
 from profiles.workload import Workload
@@ -131,13 +135,17 @@ class RandomWeights:
 class Echo:
     """Blocks B that answer with what they get, through the wire's own code; nothing else is on the edge."""
 
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """See blocks.remote.Middle."""
-        return self._answer(smashed)
+    def send_smashed(self, part: Part, smashed: torch.Tensor, layout: Layout) -> Future[m.AnyMessage]:
+        """See edge.middle.HubMiddle."""
+        return _answered(m.StepHidden(part.step, _there_and_back(smashed.detach()), part.micro))
 
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        """See blocks.remote.Middle."""
-        return self._answer(grad_hidden)
+    def send_gradient(self, part: Part, gradient: torch.Tensor) -> Future[m.AnyMessage]:
+        """See edge.middle.HubMiddle."""
+        return _answered(m.StepGrad(part.step, 0, 0, 0, _there_and_back(gradient), part.micro))
+
+    def may_be_under_way(self, smashed: torch.Tensor) -> int:
+        """See edge.middle.HubMiddle."""
+        return m.MOST_MICRO_BATCHES
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         """See blocks.remote.Middle."""
@@ -151,9 +159,18 @@ class Echo:
         """See blocks.remote.Middle."""
 
     def _answer(self, tensor: torch.Tensor) -> torch.Tensor:
-        sent = to_wire(tensor)
-        received = replace(sent, chunks=tuple(memoryview(bytes(chunk)) for chunk in sent.chunks))
-        return from_wire(received, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        return from_wire(_there_and_back(tensor), dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
+def _there_and_back(tensor: torch.Tensor) -> m.Tensor:
+    sent = to_wire(tensor)
+    return replace(sent, chunks=tuple(memoryview(bytes(chunk)) for chunk in sent.chunks))
+
+
+def _answered(message: m.AnyMessage) -> Future[m.AnyMessage]:
+    future: Future[m.AnyMessage] = Future()
+    future.set_result(message)
+    return future
 
 
 def build_edge_half(config: Any, p: int, q: int, dtype: torch.dtype, bits: int | None) -> CutModel:
@@ -164,7 +181,6 @@ def build_edge_half(config: Any, p: int, q: int, dtype: torch.dtype, bits: int |
     store_by_columns(cut.layers)
     adapters.inject(cut, adapters.make_spec(config, LORA_RANK, alpha=16))
     remote_of(cut).attach(Echo())
-    remote_of(cut).learning = True
     return cut
 
 
@@ -189,10 +205,11 @@ def measure(model: Model, p: int, q: int) -> int:
     Path("/proc/self/clear_refs").write_text("5")
     cut = build_edge_half(config, p, q, DTYPES[model.dtype], model.bits)
     optimizer = AdapterOptimizer(adapters.parameters(cut), Schedule(1e-4, 0, 1.0, 0.0))
-    for _ in range(STEPS):
+    pipeline = Pipeline(cut, cast(HubMiddle, remote_of(cut).middle), GaussianNoise(0.0, b""), 1)
+    for step in range(STEPS):
         tokens = torch.randint(0, config.vocab_size, (model.batch, model.seq))
         batch = Batch(tokens, tokens, None, None, tokens.numel() - model.batch)
-        summed_loss(cut, batch).backward()  # type: ignore[no-untyped-call]
+        pipeline.step(step, [batch], lambda: None)
         optimizer.step(batch.tokens)
     return _status("VmHWM") - before
 

@@ -12,10 +12,13 @@ _ALONE = 4
 
 
 def next_compute(state: State) -> act.Compute | None:
-    """The action that goes first: freeing memory, then inference and training in turn. Changes nothing."""
+    """The action that goes first: ending a step, freeing memory, inference and training in turn. Changes nothing."""
+    training = _next_training(state)
+    if isinstance(training, act.ApplyStep):
+        # It is short, and the edges wait for what it answers.
+        return training
     if state.freeing:
         return act.FreeStreams(tuple(state.freeing))
-    training = _next_training(state)
     if state.infers and (training is None or not state.inferred_last):
         return _inference(state)
     return training
@@ -56,8 +59,8 @@ def _half(state: State, waiting: list[tuple[int, int, object]]) -> tuple[tuple[i
 def _next_training(state: State) -> act.Compute | None:
     if state.phase is Phase.FORWARD:
         return _forward(state)
-    if state.phase is Phase.BACKWARD:
-        return _backward(state)
+    if state.phase is Phase.STEPPING:
+        return _step(state)
     if state.phase is Phase.CLOSING:
         return _close(state)
     return None
@@ -65,17 +68,46 @@ def _next_training(state: State) -> act.Compute | None:
 
 def _forward(state: State) -> act.RunForward | None:
     active = state.active
-    if not active or any(member.smashed is None for member in active):
+    here = [member for member in active if 0 in member.smashed]
+    enough = state.quorum if state.quorum and state.deadline_over else len(active)
+    if not here or len(here) < min(enough, len(active)):
         return None
-    payloads = tuple((m.session, m.smashed[2]) for m in active if m.smashed is not None)
-    return act.RunForward(payloads, state.checkpoint_due)
+    return act.RunForward(tuple((m.session, m.smashed[0].payload) for m in here), state.checkpoint_due)
 
 
-def _backward(state: State) -> act.RunBackward | None:
-    waited = [m for m in _joined(state) if m.inside is not None]
-    if any(m.gradient is None and m.active for m in waited):
-        return None
-    return act.RunBackward({m.session: m.gradient[2] for m in waited if m.gradient is not None})
+def _step(state: State) -> act.RunForward | act.RunBackward | act.ApplyStep | None:
+    """The next micro-batch of the joined step: backwards first, which free memory. At its end the optimizer."""
+    inside, forward, backward = state.inside, state.forwards, state.backwards
+    if all(member.micros <= backward for member in inside):
+        return act.ApplyStep(tuple(member.session for member in inside))
+    if backward < forward and not lacking_gradient(state):
+        given = {m.session: m.gradients[backward].payload for m in inside if m.micros > backward}
+        return act.RunBackward(given, backward)
+    asked = [member for member in inside if member.micros > forward]
+    if asked and not lacking_smashed(state):
+        return act.RunForward(tuple((m.session, m.smashed[forward].payload) for m in asked), micro=forward)
+    return None
+
+
+def lacking_smashed(state: State) -> list[Member]:
+    """Who has yet to send the smashed states of the joined step's next micro-batch."""
+    at = state.forwards
+    return [member for member in state.inside if member.micros > at and at not in member.smashed]
+
+
+def lacking_gradient(state: State) -> list[Member]:
+    """Who has yet to send the gradient of the joined step's next micro-batch, once its forward was begun."""
+    at = state.backwards
+    inside = state.inside if at < state.forwards else []
+    return [member for member in inside if member.micros > at and at not in member.gradients]
+
+
+def given_up(state: State) -> list[Member]:
+    """Members of the joined step that the others go on without: only some that are away are still waited for."""
+    if state.phase is not Phase.STEPPING:
+        return []
+    both = (lacking_smashed(state), lacking_gradient(state))
+    return [member for lacking in both if not any(m.active for m in lacking) for member in lacking]
 
 
 def _close(state: State) -> act.CloseRound | None:
@@ -83,10 +115,6 @@ def _close(state: State) -> act.CloseRound | None:
     if any(m.upload is None for m in wanted):
         return None
     return act.CloseRound(state.round, state.version + 1, tuple(m.upload for m in wanted))
-
-
-def _joined(state: State) -> list[Member]:
-    return [state.members[session] for session in state.joined if session in state.members]
 
 
 def begin(state: State, action: act.Compute) -> None:
@@ -104,22 +132,15 @@ def begin(state: State, action: act.Compute) -> None:
             state.recent = (frozenset(session for session, _ in state.inferring), *state.recent[:1])
         case act.RunForward():
             state.inferred_last = False
-            state.checkpoint_due = False
-            state.joined = tuple(session for session, _ in action.payloads)
-            for member in _joined(state):
-                assert member.smashed is not None
-                state.answering[member.session] = member.smashed[:2]
-                member.smashed = None
+            _begin_forward(state, action)
         case act.RunBackward():
             state.inferred_last = False
-            for member in _joined(state):
-                # The step is closed now, with or without this member's gradient.
-                inside, member.inside = member.inside, None
-                if member.gradient is None and inside is not None:
-                    member.hiddens.pop(inside, None)
-                if member.gradient is not None:
-                    state.answering[member.session] = member.gradient[:2]
-                    member.gradient = None
+            state.backwards = action.micro + 1
+            for session in action.gradients:
+                asked = state.members[session].gradients.pop(action.micro)
+                state.answering[session] = (asked.request, asked.step, asked.micro)
+        case act.ApplyStep():
+            state.applying = action.sessions
         case act.CloseRound():
             state.inferred_last = False
 
@@ -132,3 +153,17 @@ def _advance(state: State, action: act.RunInfer) -> None:
         wide.have = upto
         if upto < wide.columns:
             (state.parted,) = action.requests
+
+
+def _begin_forward(state: State, action: act.RunForward) -> None:
+    if action.micro == 0:
+        state.phase, state.checkpoint_due = Phase.STEPPING, False
+        state.deadline_runs = state.deadline_over = False
+        state.joined, state.backwards = tuple(session for session, _ in action.payloads), 0
+    state.forwards = action.micro + 1
+    for session, _ in action.payloads:
+        member = state.members[session]
+        asked = member.smashed.pop(action.micro)
+        state.answering[session] = (asked.request, asked.step, asked.micro)
+        if action.micro == 0:
+            member.inside, member.micros, member.grads, member.last = asked.step, asked.micros, {}, 0

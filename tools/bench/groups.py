@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tools.bench import client_batch, drafting, edge_memory, int8
+from tools.bench import client_batch, drafting, edge_memory, int8, pipeline
 from tools.bench.context import TIMES, context
 from tools.bench.hub_alone import ROWS as HUB_ROWS
 from tools.bench.hub_alone import hub_alone
@@ -212,6 +212,7 @@ def planner(bench: Bench) -> list[Row]:
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "speed": (speed, (DECODE, *PREFILL.values())),
     "training": (training, (TRAINING,)),
+    "pipeline": (pipeline.pipeline, pipeline.ROWS),
     "sessions": (sessions, SESSION_ROWS),
     "hub": (hub_alone, HUB_ROWS),
     "context": (context, tuple(TIMES.values())),

@@ -254,6 +254,27 @@ def quantized_quality(**arguments: Any) -> dict[str, Any]:
     return edge_memory.quantized_quality(**arguments)
 
 
+def pipelined_steps(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of training steps in micro-batches; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.steps(**arguments)
+
+
+def gradients_by_edge(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.by_edge(**arguments)
+
+
+def layers_again(**arguments: Any) -> dict[str, Any]:
+    """Bytes and seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.layers_again(**arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -280,5 +301,6 @@ TASKS: dict[str, Callable[..., Any]] = {
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
         teach_summaries, summarise, draft_random, train_peak, train_unsplit_peak, quantized_quality,
         decode_cpu, at_context, decoding, kv_memory, waiting,
+        pipelined_steps, gradients_by_edge, layers_again,
     )
 }  # fmt: skip
