@@ -13,7 +13,7 @@ import messaging.messages as m
 from blocks.codec import from_wire
 from blocks.layout import Layout
 from edge.client import HubClient
-from edge.middle import HubMiddle
+from edge.middle import HubMiddle, Part
 from messaging.errors import ErrorCode, HubError, HubUnreachable, InputError, LinkLost
 
 SMASHED = torch.ones(1, 1, 4)
@@ -158,7 +158,7 @@ def test_what_fp16_cannot_hold_is_not_sent() -> None:
     with pytest.raises(InputError, match="use --wire bf16 or int8"):
         middle.infer(large, Layout.from_ints((), 1, 0, 1, 64), middle.open_stream(), ())
     with pytest.raises(InputError, match="use --wire bf16 or int8"):
-        middle.step_forward(large, Layout.from_ints((), 1, 0, 1, 64))
+        middle.send_smashed(Part(0, 0, 1, 1), large, Layout.from_ints((), 1, 0, 1, 64))
     with pytest.raises(InputError, match="use --wire bf16 or int8"):
         middle.step_backward(large)
     assert not script.asked
