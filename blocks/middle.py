@@ -27,8 +27,8 @@ class Flow:
     """One run through B: where every row enters and leaves, and the states on their way.
 
     enters, leaves: absolute layer per row. `rows` are the rows inside the loop now, in order; `hidden` their
-    states [len(rows), width, hidden]; `out[i]` the states of row i after it left, or `whole` those of all rows,
-    where all left together.
+    states [len(rows), width, hidden]; `out[i]` the states of row i after it left, unless
+    all left together.
     """
 
     states: torch.Tensor
@@ -37,20 +37,22 @@ class Flow:
     rows: list[int] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     out: list[torch.Tensor | None] = field(default_factory=list)
-    whole: torch.Tensor | None = None
-    #: told which rows are inside before each layer (a cache with rows of its own); None where nobody asks
+    #: told which rows are inside whenever that changes (a cache with rows of its own); None where nobody asks
     on_rows: Callable[[list[int]], None] | None = None
+    #: given a layer's forward and the rows inside, what to run in its place; None: the forward itself
+    around: Callable[[Callable[..., Any], list[int]], Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         self.out = [None] * len(self.enters)
-
-    @property
-    def uniform(self) -> bool:
-        """All rows enter together and leave together."""
-        return len(set(self.enters)) == 1 and len(set(self.leaves)) == 1
+        #: where rows enter or have left; everywhere else the batch passes as it is
+        self._doors = {*self.enters, *self.leaves}
+        #: the states of all rows, where they left together
+        self._together: torch.Tensor | None = None
 
     def arrive(self, layer: int) -> torch.Tensor | None:
         """The states that enter absolute layer `layer`, [rows inside, width, hidden]; None when nobody is inside."""
+        if layer not in self._doors:
+            return self.hidden
         new = [row for row, at in enumerate(self.enters) if at == layer]
         if new:
             inside = sorted(self.rows + new)
@@ -67,6 +69,9 @@ class Flow:
 
     def depart(self, layer: int, hidden: torch.Tensor) -> None:
         """Note the states after absolute layer `layer`; rows whose last layer it is leave."""
+        if layer + 1 not in self._doors:
+            self.hidden = hidden
+            return
         gone = [row for row in self.rows if self.leaves[row] == layer + 1]
         if gone and len(gone) < len(self.rows):
             stay = [i for i, row in enumerate(self.rows) if row not in gone]
@@ -74,16 +79,24 @@ class Flow:
                 if row in gone:
                     self.out[row] = hidden[i]
             self.rows, self.hidden = [self.rows[i] for i in stay], hidden[stay]
-        elif len(gone) == len(self.out):
-            # Not row by row: the backward of that makes a gradient of the whole batch for each of its rows.
-            self.whole = hidden
-            self.rows, self.hidden = [], None
         elif gone:
-            for i, row in enumerate(self.rows):
-                self.out[row] = hidden[i]
+            if len(gone) == len(self.enters):
+                # Not row by row: the backward of that makes a gradient of the whole batch for each of its rows.
+                self._together = hidden
+            else:
+                for i, row in enumerate(self.rows):
+                    self.out[row] = hidden[i]
             self.rows, self.hidden = [], None
         else:
             self.hidden = hidden
+
+    def result(self) -> torch.Tensor:
+        """The states of all rows after their last layers, [rows, width, hidden]."""
+        if self._together is not None:
+            return self._together
+        out = [row for row in self.out if row is not None]
+        assert len(out) == len(self.enters), "a row never left Blocks B"
+        return torch.stack(out)
 
 
 #: The run that this thread is in; gates, masks and caches read it.
@@ -113,12 +126,15 @@ def _gate(layer: nn.Module, number: int, forward: Callable[..., Any], *args: Any
         rows = torch.tensor(flow.rows, device=hidden.device)
         args = tuple(_select(value, rows, batch) for value in args)
         kwargs = {key: _select(value, rows, batch) for key, value in kwargs.items()}
+    if flow.around is not None:
+        forward = flow.around(forward, flow.rows)
     if "hidden_states" in kwargs:
         kwargs["hidden_states"] = hidden
         output = forward(*args, **kwargs)
     else:
         output = forward(hidden, *args[1:], **kwargs)
-    layer._returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
+    if getattr(layer, "_returns_tuple", None) is not isinstance(output, tuple):
+        layer._returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
     flow.depart(number, output[0] if isinstance(output, tuple) else output)
     # What the model passes on does not matter (the next gate asks the flow), but its shape may.
     return _like(layer, flow.states)
@@ -181,13 +197,14 @@ class MiddleBlocks:
         positions: torch.Tensor,
         cache: Cache | None = None,
         on_rows: Callable[[list[int]], None] | None = None,
+        around: Callable[[Callable[..., Any], list[int]], Callable[..., Any]] | None = None,
     ) -> torch.Tensor:
-        """Run every row from its entry to its exit.
+        """Run every row from its entry to its exit; see Flow for `on_rows` and `around`.
 
         states [rows, width, hidden]; enters, leaves: absolute layers per row; mask: bool [rows, past + width]
         or None; positions: int64 [rows, width]. Returns [rows, width, hidden].
         """
-        flow = Flow(states, enters, leaves, on_rows=on_rows)
+        flow = Flow(states, enters, leaves, on_rows=on_rows, around=around)
         arguments = {
             "inputs_embeds": states,
             "attention_mask": mask,
@@ -200,8 +217,4 @@ class MiddleBlocks:
             self._runner(**{key: value for key, value in arguments.items() if key in self._parameters})
         finally:
             CURRENT.reset(token)
-        if flow.whole is not None:
-            return flow.whole
-        out = [row for row in flow.out if row is not None]
-        assert len(out) == len(enters), "a row never left Blocks B"
-        return torch.stack(out)
+        return flow.result()

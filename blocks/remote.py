@@ -7,7 +7,8 @@ processors, streamers, PEFT, evaluation harnesses) is transformers' own code and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,12 +25,6 @@ from messaging.errors import ProtocolError
 
 class Middle(Protocol):
     """Blocks B, wherever they run. Tensors are on the CPU or the edge's device, in the model's dtype."""
-
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Training: smashed [batch, seq, hidden] -> hidden of the same shape."""
-
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        """Training: the gradient of the loss by hidden -> by smashed; answers the latest step_forward."""
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         """No gradient: smashed [rows, new, hidden] -> hidden. `stream` 0 keeps no cache."""
@@ -128,19 +123,28 @@ class _Call:
     position_ids: torch.Tensor | None
 
 
+class Reached(Exception):
+    """The first half of a training forward is done: smashed with the graph of Blocks A, and its layout."""
+
+    def __init__(self, smashed: torch.Tensor, layout: Layout) -> None:
+        super().__init__()
+        self.smashed = smashed
+        self.layout = layout
+
+
 class RemoteBlocks(nn.Module):
     """Sends smashed, returns hidden.
 
-    A training step while `learning` is set and gradients are enabled, inference otherwise. It is not torch's
-    training mode that says so: the model stays in eval(), because nothing drops out in training either.
+    Training runs the model by halves (`blocks.halves`), all else is inference. It is not torch's training mode that
+    says so: the model stays in eval(), because nothing drops out in training either.
     """
 
     def __init__(self, local_index: int, noise: Noise | None = None) -> None:
         super().__init__()
         self._middle: Middle | None = None
         self.noise = noise
-        #: set by whoever trains, around the forwards that a backward follows
-        self.learning = False
+        self._stops = False
+        self._hidden: torch.Tensor | None = None
         self.local_index = local_index
         self._call = _Call(None, None)
         self._returns_tuple = False
@@ -163,12 +167,32 @@ class RemoteBlocks(nn.Module):
             raise ProtocolError("only 2-D attention masks cross the wire; give [batch, length] of 0 and 1")
         self._call = _Call(mask, kwargs.get("position_ids"))
 
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """In here a forward ends where it comes to the hub's blocks, with `Reached`."""
+        self._stops = True
+        try:
+            yield
+        finally:
+            self._stops = False
+
+    @contextmanager
+    def answering(self, hidden: torch.Tensor) -> Iterator[None]:
+        """In here `hidden` is the hub's answer, whatever comes in."""
+        self._hidden = hidden
+        try:
+            yield
+        finally:
+            self._hidden = None
+
     def learn_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the layer before: return what it returns, a tensor or a tuple."""
         self._returns_tuple = isinstance(output, tuple)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [rows, new, hidden] -> the same after the hub's blocks."""
+        if self._hidden is not None:
+            return self.as_layers_return(self._hidden)
         rows, width, _ = hidden_states.shape
         cache = _cache(args, kwargs)
         layer = self._stream_layer(cache) if cache is not None else None
@@ -177,12 +201,14 @@ class RemoteBlocks(nn.Module):
         smashed = hidden_states
         if self.noise is not None:
             smashed = self.noise(smashed, layout.real())
-        if self.learning and torch.is_grad_enabled():
-            anchor = smashed if smashed.requires_grad else smashed.detach().requires_grad_()
-            hidden = _Step.apply(anchor, self.middle, layout)
-        else:
-            order = layer.advance(rows, width) if layer is not None else ()
-            hidden = self.middle.infer(smashed.detach(), layout, layer.stream if layer is not None else 0, order)
+        if self._stops:
+            raise Reached(smashed, layout)
+        order = layer.advance(rows, width) if layer is not None else ()
+        hidden = self.middle.infer(smashed.detach(), layout, layer.stream if layer is not None else 0, order)
+        return self.as_layers_return(hidden)
+
+    def as_layers_return(self, hidden: torch.Tensor) -> Any:
+        """A tensor or a tuple, as this architecture's layers return it."""
         return (hidden,) if self._returns_tuple else hidden
 
     def _stream_layer(self, cache: Cache) -> StreamLayer:
@@ -195,19 +221,6 @@ class RemoteBlocks(nn.Module):
             layer = StreamLayer(self.middle)
             cache.layers[self.local_index] = layer
         return layer
-
-
-class _Step(torch.autograd.Function):
-    """Forward and backward through the hub, waiting for its answers."""
-
-    @staticmethod
-    def forward(ctx: Any, smashed: torch.Tensor, middle: Middle, layout: Layout) -> torch.Tensor:
-        ctx.middle = middle
-        return middle.step_forward(smashed.detach(), layout)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.middle.step_backward(grads[0].contiguous()), None, None
 
 
 def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:

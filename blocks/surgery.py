@@ -22,6 +22,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from blocks.quantize import LoadQuantizer, QuantizedLinear, release_freed_memory
 from blocks.weights import WeightSource
 from messaging.errors import InputError
 
@@ -148,8 +149,12 @@ class _Lazy:
         return self._source.read(self._name, self._dtype)
 
 
-def load(cut: CutModel, source: WeightSource, dtype: torch.dtype, device: torch.device) -> CutModel:
+def load(
+    cut: CutModel, source: WeightSource, dtype: torch.dtype, device: torch.device, bits: int | None = None
+) -> CutModel:
     """Fill the cut model from `source`: only tensors that it hosts are read, each once, straight to its device.
+
+    With `bits` (8 or 4) its linear layers are quantized, each as soon as it is read (`blocks.quantize`).
 
     transformers' own loader does the renaming and fusing that architectures need (mixture-of-experts
     checkpoints, base-model prefixes). Raises InputError when the checkpoint lacks a tensor.
@@ -164,6 +169,7 @@ def load(cut: CutModel, source: WeightSource, dtype: torch.dtype, device: torch.
         device_map={"": device},
         dtype=dtype,
         weight_mapping=get_model_conversion_mapping(model),
+        hf_quantizer=LoadQuantizer(model, bits) if bits else None,
     )
     with _quiet():
         info, _ = convert_and_load_state_dict_in_model(model, lazy, settings)
@@ -177,17 +183,20 @@ def load(cut: CutModel, source: WeightSource, dtype: torch.dtype, device: torch.
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.requires_grad_(False)
     model.eval()
+    if bits:
+        release_freed_memory()
     return cut
 
 
-def store_by_columns(layers: Iterable[nn.Module]) -> None:
-    """Lay the layers' float32 weights on the CPU out by columns: the same tensors with other strides.
+def store_by_columns(modules: Iterable[nn.Module | None]) -> None:
+    """Lay the float32 weights of layers and head on the CPU out by columns: the same tensors with other strides.
 
-    One position at a time (decoding), MKL then multiplies in two thirds of the time; with many, it is all the same.
+    One position at a time (decoding), MKL then multiplies in two thirds of the time, a head in half; with many, it is
+    all the same.
     """
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+    for outer in modules:
+        for module in () if outer is None else outer.modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear):
                 weight = module.weight
-                if weight.dtype == torch.float32 and weight.is_contiguous():
+                if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
                     weight.data = weight.data.t().contiguous().t()

@@ -33,6 +33,18 @@ LastNoiseOption = Annotated[
 StateOption = Annotated[Path, typer.Option("--state", help="Folder of this edge's key, cache and training.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
+WireOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wire", help="States and gradients on the network: fp32, bf16, fp16, int8 (default: the model's dtype)."
+    ),
+]
+LoadInOption = Annotated[
+    str | None,
+    typer.Option(
+        "--load-in", metavar="8bit|4bit", help="Hold the weights here in fewer bits (default: as the hub serves them)."
+    ),
+]
 NameOption = Annotated[
     str | None, typer.Option("--name", help="Name to enrol under, shown at the hub (default: this machine's).")
 ]
@@ -55,15 +67,20 @@ def join_(
     ] = None,
     noise: NoiseOption = 0.02,
     batch: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 4,
+    micro_batches: Annotated[
+        str, typer.Option(help="Parts that a batch goes through in, at the edge and the hub at the same time.")
+    ] = "auto",
     seq: Annotated[int, typer.Option(min=2, help="Tokens per row, at most.")] = 128,
     lr: Annotated[float | None, typer.Option(help="Learning rate of this edge's blocks (default: the hub's).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps in all (default: until the hub is done).")] = None,
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "auto",
+    load_in: LoadInOption = None,
     share_loss: Annotated[bool, typer.Option("--share-loss", help="Let the hub's screen show the loss.")] = False,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: SeedOption = 0,
+    wire: WireOption = None,
     give_up: Annotated[
         float | None,
         typer.Option(
@@ -93,22 +110,34 @@ def join_(
                 profile=profile,
                 noise=noise,
                 batch=batch,
+                micro_batches=micro_batches,
                 seq=seq,
                 lr=lr,
                 steps=steps,
                 state=state,
                 name=name,
                 device=device,
+                load_in=load_in,
                 share_loss=share_loss,
                 headless=headless,
                 seed=seed,
                 give_up=give_up,
+                wire=wire,
             )
         )
 
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1)]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: greedy.")]
+DraftOption = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="auto|off|MODEL",
+        help="Guess tokens and verify several in one round trip: auto guesses from the text, where that is faster; "
+        "or a small model with the same tokenizer, as --model takes it; off: one token a round trip.",
+    ),
+]
 PartitionOption = Annotated[
     str | None, typer.Option("--partition", help="p:q (default: what this state trains with, else 1:1).")
 ]
@@ -120,13 +149,16 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")] = "",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
+    draft: DraftOption = "auto",
     noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
+    wire: WireOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON line with text, ids and figures.")] = False,
 ) -> None:
     """Continue a prompt with the split model and the last published adapter."""
@@ -135,7 +167,21 @@ def generate(
         from edge.generate import generate as run
 
         run(
-            GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device),
+            GenerateOptions(
+                join,
+                model,
+                partition,
+                noise,
+                state,
+                name,
+                max_new_tokens,
+                temperature,
+                seed,
+                device,
+                draft,
+                wire,
+                load_in,
+            ),
             prompt,
             json_,
         )
@@ -146,20 +192,39 @@ def chat(
     join: JoinArgument = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
+    draft: DraftOption = "auto",
     noise: LastNoiseOption = None,
     partition: PartitionOption = None,
     model: ModelOption = None,
     state: StateOption = DEFAULT_STATE,
     name: NameOption = None,
     device: DeviceOption = "cpu",
+    load_in: LoadInOption = None,
     seed: SeedOption = 0,
+    wire: WireOption = None,
 ) -> None:
     """Talk to the split model, with its chat template."""
     with exit_codes():
         from edge.generate import GenerateOptions
         from edge.generate import chat as run
 
-        run(GenerateOptions(join, model, partition, noise, state, name, max_new_tokens, temperature, seed, device))
+        run(
+            GenerateOptions(
+                join,
+                model,
+                partition,
+                noise,
+                state,
+                name,
+                max_new_tokens,
+                temperature,
+                seed,
+                device,
+                draft,
+                wire,
+                load_in,
+            )
+        )
 
 
 @app.command("rotate-key")

@@ -164,6 +164,11 @@ class HubClient:
         self._requests.give_up_s = give_up_s
 
     @property
+    def credits(self) -> int:
+        """Bytes of requests that may be unanswered at a time."""
+        return self._requests.session.credits
+
+    @property
     def trouble(self) -> str:
         """What is wrong with the hub just now, in words for the screen; empty when all is well."""
         return self._link.trouble

@@ -16,9 +16,10 @@ from safetensors.torch import load as load_safetensors
 import messaging.messages as m
 from blocks import adapters
 from blocks.adapters import LoraSpec
+from blocks.codec import wire_dtype
 from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
-from blocks.remote import RemoteBlocks, build_edge, remote_of
+from blocks.remote import build_edge, remote_of
 from blocks.source import ModelFiles, open_model
 from blocks.surgery import CutModel, load, store_by_columns
 from blocks.weights import Watched
@@ -138,9 +139,14 @@ class Connection:
 
 
 def build(
-    connection: Connection, served: HubModel, partition: Partition, noise: GaussianNoise, device: torch.device
+    connection: Connection,
+    served: HubModel,
+    partition: Partition,
+    noise: GaussianNoise,
+    device: torch.device,
+    bits: int | None = None,
 ) -> CutModel:
-    """The edge's model, its own blocks filled, not yet attached to a hub."""
+    """The edge's model, its own blocks filled, its linear layers in `bits` bits, not yet attached to a hub."""
     cut = build_edge(served.files.config, partition, served.dtype, noise)
     source = served.files.source
     hosted = [name for name in source.names() if cut.to_local(name) is not None]
@@ -150,18 +156,17 @@ def build(
         source.fetch(hosted)
     size = sum(source.info(name).nbytes for name in hosted)
     with connection.journal.task("loading blocks", size) as task:
-        load(cut, Watched(source, task.advance), served.dtype, device)
-    store_by_columns(cut.layers)
+        load(cut, Watched(source, task.advance), served.dtype, device, bits)
+    store_by_columns([*cut.layers, cut.model.get_output_embeddings()])
     cut.model.generation_config = served.files.generation_config()
     return cut
 
 
-def attach(cut: CutModel, client: HubClient, welcome: m.Welcome) -> tuple[RemoteBlocks, HubMiddle]:
-    """Let the model's stand-in talk to the hub."""
-    middle = HubMiddle(client, welcome.adapter_version)
-    remote = remote_of(cut)
-    remote.attach(middle)
-    return remote, middle
+def attach(cut: CutModel, client: HubClient, welcome: m.Welcome, wire: str | None = None) -> HubMiddle:
+    """Let the model's stand-in talk to the hub, in the wire dtype that the user calls `wire` (default: its own)."""
+    middle = HubMiddle(client, welcome.adapter_version, wire_dtype(wire))
+    remote_of(cut).attach(middle)
+    return middle
 
 
 def lora_spec(recipe: m.Recipe, config: Any) -> LoraSpec:

@@ -32,6 +32,7 @@ class Course:
         journal: Journal,
         welcome: m.Welcome,
         partition: Partition,
+        micro_batches: int,
         optimizer: AdapterOptimizer,
     ) -> None:
         self._cut = cut
@@ -42,7 +43,7 @@ class Course:
         self.optimizer = optimizer
         self.standing = Standing(
             welcome.applied, welcome.round, welcome.adapter_version, 0, 0, False, (), -1,
-            welcome.model_hash, str(partition),
+            welcome.model_hash, str(partition), micro_batches,
         )  # fmt: skip
         #: adapter and optimizer as the round began, or as this process did: what a loss that is not finite leaves
         self._sound: Snapshot | None = None
@@ -66,6 +67,10 @@ class Course:
         """The held-out loss of this round was taken; it is saved with the next step."""
         standing = self.standing
         self.standing = replace(standing, held_out=(*standing.held_out, *losses), evaluated=standing.round)
+
+    def closes(self) -> None:
+        """The round takes no more steps."""
+        self.standing = replace(self.standing, closes=True)
 
     def goes_on(self) -> None:
         """The round takes more steps after all."""
@@ -163,7 +168,8 @@ class Course:
         adapters.write(self._cut, snapshot.adapter)
         self.optimizer.load(dict(snapshot.optimizer))
         self._middle.version = snapshot.standing.version
-        self.standing, self._sound = snapshot.standing, snapshot
+        self.standing = replace(snapshot.standing, micro_batches=self.standing.micro_batches)
+        self._sound = snapshot
         self._snapshots.drop_after(snapshot.standing)
         again = newest.steps - snapshot.standing.steps
         repeated = f": the hub went back, {again} steps are taken again" if again else ""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from edge.draft import load_draft_model, lookup_arguments, model_arguments
 from edge.library import connect
 from messaging.console import Journal, plain_lines
 from messaging.errors import InputError
@@ -31,18 +32,23 @@ class GenerateOptions:
     temperature: float
     seed: int
     device: str
+    #: 'auto', 'off', or a draft model
+    draft: str
+    wire: str | None = None
+    load_in: str | None = None
 
 
 def generate(options: GenerateOptions, prompt: str, as_json: bool) -> None:
     """Continue a prompt once; the text streams to stdout, or one JSON line at the end."""
     model = _connect(options)
     with model.hub as hub:
+        drafts = _drafts(model, options.draft)
         tokenizer = hub.tokenizer
         ids = _encode(tokenizer, prompt, model)
         sent, received = hub.traffic
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
         started = time.perf_counter()
-        new = _run(model, ids, options, streamer)
+        new = _run(model, ids, options, streamer, drafts)
         seconds = time.perf_counter() - started
         if as_json:
             after_sent, after_received = hub.traffic
@@ -55,6 +61,8 @@ def generate(options: GenerateOptions, prompt: str, as_json: bool) -> None:
                         "bytes_sent": after_sent - sent,
                         "bytes_received": after_received - received,
                         "round_trips": hub.round_trips,
+                        "drafted": hub.drafted,
+                        "accepted": hub.accepted,
                     }
                 )
             )
@@ -67,6 +75,7 @@ def chat(options: GenerateOptions) -> None:
         tokenizer = hub.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("this model has no chat template: use `edge generate`")
+        drafts = _drafts(model, options.draft)
         history: list[dict[str, str]] = []
         print("Write a message; an empty line ends the chat.")
         while True:
@@ -80,7 +89,7 @@ def chat(options: GenerateOptions) -> None:
             prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt")
             ids = prompt if isinstance(prompt, torch.Tensor) else prompt["input_ids"]
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            new = _run(model, ids, options, streamer)
+            new = _run(model, ids, options, streamer, drafts)
             history.append({"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)})
 
 
@@ -95,9 +104,20 @@ def _connect(options: GenerateOptions) -> Any:
             state=options.state,
             name=options.name,
             device=options.device,
+            load_in=options.load_in,
             seed=options.seed,
+            wire=options.wire,
             journal=journal,
         )
+
+
+def _drafts(model: Any, draft: str) -> dict[str, Any]:
+    """What `generate()` is to guess with; nothing for 'off', and where the model cannot take tokens back."""
+    if draft == "off" or model._is_stateful:
+        return {}
+    if draft == "auto":
+        return lookup_arguments()
+    return model_arguments(load_draft_model(draft, model, model.hub.tokenizer), model, model.hub.tokenizer)
 
 
 def _encode(tokenizer: Any, prompt: str, model: Any) -> torch.Tensor:
@@ -111,7 +131,7 @@ def _encode(tokenizer: Any, prompt: str, model: Any) -> torch.Tensor:
     return ids
 
 
-def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any) -> list[int]:
+def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any, drafts: dict[str, Any]) -> list[int]:
     """The new token ids."""
     _check_room(model, ids.shape[1], options.max_new_tokens)
     torch.manual_seed(options.seed)
@@ -125,6 +145,7 @@ def _run(model: Any, ids: torch.Tensor, options: GenerateOptions, streamer: Any)
         streamer=streamer,
         pad_token_id=model.generation_config.pad_token_id,
         **sampling,
+        **drafts,
     )
     return [int(token) for token in out[0, ids.shape[1] :].tolist()]
 

@@ -10,16 +10,20 @@ from pathlib import Path
 
 import messaging.messages as m
 from blocks import adapters
+from blocks.codec import wire_dtype
 from blocks.device import pick_device
 from blocks.optimizer import AdapterOptimizer, Schedule
+from blocks.quantize import parse_bits
 from blocks.surgery import CutModel
+from edge.allocator import keep_large_tensors_apart
 from edge.connection import GIVE_UP_S, Connection, HubModel, attach, build, lora_spec
 from edge.course import Course
 from edge.data import PACKS_EXACTLY, BatchSource, eval_batches, load_data
 from edge.interrupts import Interrupts
 from edge.monitor import VIEW, EdgeSnapshot, TimeSpent
 from edge.noise import GaussianNoise
-from edge.planning import Planned, choose_partition, measure_link
+from edge.pipeline import Pipeline
+from edge.planning import Planned, choose_partition, in_micro_batches, measure_link
 from edge.snapshots import Snapshots
 from edge.state import EdgeState
 from edge.trainer import Parts, Trainer
@@ -39,6 +43,7 @@ class JoinOptions:
     profile: str | None
     noise: float
     batch: int
+    micro_batches: str
     seq: int
     lr: float | None
     steps: int | None
@@ -49,6 +54,8 @@ class JoinOptions:
     headless: bool
     seed: int
     give_up: float | None = None
+    wire: str | None = None
+    load_in: str | None = None
 
 
 class Joining:
@@ -58,6 +65,7 @@ class Joining:
         self._options = options
         self._journal = journal
         self._interrupts = interrupts
+        self._bits = parse_bits(options.load_in)
         self._phase = "starting"
         self._connection: Connection | None = None
         self._served: HubModel | None = None
@@ -70,6 +78,7 @@ class Joining:
     def run(self) -> None:
         """Everything, until the steps are done or the hub closes its last round."""
         options = self._options
+        wire_dtype(options.wire)
         for path in (*options.data, *options.held_out):
             if not path.exists():
                 raise InputError(f"{path}: no such file: give the text to train on with --data FILE")
@@ -97,7 +106,8 @@ class Joining:
         # A run that goes on keeps its partition: its adapter is that of these layers.
         snapshots = connection.state.snapshots()
         owned.callback(snapshots.close)
-        again = connection.membership.partition if snapshots.newest() is not None else None
+        newest = snapshots.newest()
+        again = connection.membership.partition if newest is not None else None
         planned = self._planned = choose_partition(
             again if again and options.partition == "auto" else options.partition,
             options.profile,
@@ -107,12 +117,21 @@ class Joining:
             options.batch,
             options.seq,
             self._journal,
+            self._bits,
         )
+        planned = self._planned = in_micro_batches(
+            planned, options.micro_batches, newest.micro_batches if newest is not None else None, options.seq
+        )
+        self._journal.log(str(planned))
         partition = planned.partition
         self._phase = "loading blocks"
+        keep_large_tensors_apart()
         noise = self._noise = connection.noise(options.noise, options.seed)
-        cut = build(connection, served, partition, noise, device)
-        self._journal.log(f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}")
+        cut = build(connection, served, partition, noise, device, self._bits)
+        on_wire = f", {options.wire} on the wire" if options.wire else ""
+        self._journal.log(
+            f"{len(train)} examples to train on, {len(held_out)} held out; partition {partition}{on_wire}"
+        )
         welcome = connection.hello(partition, True, served.description)
         # There is something to lose from here on: a hub may be away for hours.
         connection.client.be_patient(options.give_up or math.inf)
@@ -121,7 +140,7 @@ class Joining:
         packs = served.files.config.model_type in PACKS_EXACTLY
         source = BatchSource(train, planned.rows, options.seq, options.seed, packs, _pad_id(tokenizer))
         self._run_trainer(connection, trainer, source, lambda: eval_batches(
-            held_out, planned.rows, options.seq, packs, _pad_id(tokenizer)
+            held_out, planned.rows_at_once, options.seq, packs, _pad_id(tokenizer)
         ))  # fmt: skip
 
     def _make_trainer(
@@ -130,17 +149,23 @@ class Joining:
         assert self._noise is not None
         assert self._planned is not None
         adapters.inject(cut, lora_spec(welcome.recipe, served.files.config))
-        remote, middle = attach(cut, connection.client, welcome)
+        middle = attach(cut, connection.client, welcome, self._options.wire)
+        planned = self._planned
         # As the training itself: the held-out loss must not end it because the hub is away.
         middle.comeback_s = self._options.give_up or math.inf
         recipe = welcome.recipe
         schedule = Schedule(self._options.lr or recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
         optimizer = AdapterOptimizer(adapters.parameters(cut), schedule)
         course = Course(
-            cut, middle, snapshots, connection.adapter, self._journal, welcome, self._planned.partition, optimizer
-        )
+            cut, middle, snapshots, connection.adapter, self._journal, welcome, planned.partition,
+            planned.micro_batches, optimizer,
+        )  # fmt: skip
         course.begin(welcome)
-        parts = Parts(cut, remote, middle, connection.client, self._noise, self._journal, self._interrupts.whole)
+        pipeline = Pipeline(cut, middle, self._noise, planned.under_way)
+        parts = Parts(
+            cut, middle, connection.client, self._noise, self._journal, pipeline, planned.micro_batches,
+            self._interrupts.whole,
+        )  # fmt: skip
         return Trainer(parts, course, self._options.steps)
 
     def _run_trainer(self, connection: Connection, trainer: Trainer, source: BatchSource, held_out: object) -> None:
@@ -195,6 +220,7 @@ class Joining:
             phase=self._phase_text(),
             model=served.description.model_name.rpartition("/")[2] if served else "",
             partition=str(planned.partition) if planned else "",
+            wire=options.wire or "",
             cohort_joined=pong.joined if pong else 0,
             cohort_size=pong.cohort if pong else 0,
             step=progress.step if progress else 0,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import torch
 
 import messaging.messages as m
-from blocks.codec import from_wire, to_wire
+from blocks.codec import Rows, from_wire, to_rows, to_wire
 from blocks.layout import Layout
 from edge.client import HubClient
 from messaging.errors import ErrorCode, HubError, LinkLost
@@ -23,36 +24,26 @@ _COMEBACK_S = 30.0
 _GROW = 128
 
 
-@dataclass
-class StepTimes:
-    """When a training step went out and came back, in seconds of the process clock."""
-
-    smashed_sent: float = 0.0
-    hidden_here: float = 0.0
-    grad_sent: float = 0.0
-    grad_here: float = 0.0
-
-
 class _Record:
-    """Smashed states that a stream has sent, [rows, length, hidden], as they left."""
+    """The bytes of smashed states that a stream has sent, [rows, length, bytes of a position]."""
 
     def __init__(self) -> None:
         self._states: torch.Tensor | None = None
 
-    def add(self, smashed: torch.Tensor, layout: Layout, order: tuple[int, ...]) -> None:
-        """Note `smashed` as the positions from layout.past on, after putting the rows in `order`."""
-        rows, width, hidden = smashed.shape
+    def add(self, sent: torch.Tensor, layout: Layout, order: tuple[int, ...]) -> None:
+        """Note `sent` as the positions from layout.past on, after putting the rows in `order`."""
+        rows, width, size = sent.shape
         need = layout.past + width
         states = self._states
         if states is not None and order:
             states = states[list(order)]
         if states is None or states.shape[0] != rows or layout.past == 0:
-            states = smashed.new_empty(rows, need + _GROW, hidden)
+            states = sent.new_empty(rows, need + _GROW, size)
         elif states.shape[1] < need:
-            grown = smashed.new_empty(rows, need + need // 2 + _GROW, hidden)
+            grown = sent.new_empty(rows, need + need // 2 + _GROW, size)
             grown[:, : layout.past] = states[:, : layout.past]
             states = grown
-        states[:, layout.past : need] = smashed
+        states[:, layout.past : need] = sent
         self._states = states
 
     def since(self, have: int, past: int) -> torch.Tensor:
@@ -61,21 +52,31 @@ class _Record:
         return self._states[:, have:past]
 
 
-class HubMiddle:
-    """`blocks.remote.Middle` over a HubClient. `version`: the adapter that the edge's own blocks hold."""
+@dataclass(frozen=True)
+class Part:
+    """Micro-batch `micro` of `micros` of step `step`, with so many target tokens."""
 
-    def __init__(self, client: HubClient, version: int) -> None:
+    step: int
+    micro: int
+    micros: int
+    tokens: int
+
+
+class HubMiddle:
+    """`blocks.remote.Middle` over a HubClient.
+
+    version: the adapter that the edge's own blocks hold; wire: the dtype of DTYPES in which states and gradients cross
+    both ways (the hub answers as it is asked), by default that of the tensors.
+    """
+
+    def __init__(self, client: HubClient, version: int, wire: str | None = None) -> None:
         self._client = client
+        self._wire = wire
         self.version = version
         self._records: dict[int, _Record] = {}
         self._next_stream = 1
-        #: the training step under way, and its target tokens; set by the trainer
-        self.step, self.tokens = 0, 0
-        self.times = StepTimes()
         #: called before a training step is asked of the hub
         self.before_step: Callable[[], None] = lambda: None
-        #: the hub's reply to the latest step
-        self.step_grad: m.StepGrad | None = None
         #: how long inference waits for a hub that was lost or is stopping, in seconds; inf for ever
         self.comeback_s = _COMEBACK_S
         #: inference requests that went to the hub and back
@@ -83,24 +84,22 @@ class HubMiddle:
 
     # -- training ------------------------------------------------------------------------------------
 
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """See Middle."""
+    def send_smashed(self, part: Part, smashed: torch.Tensor, layout: Layout) -> Future[m.AnyMessage]:
+        """Ask for the forward of a micro-batch; `hidden` takes the answer. Before that the last step is on the disk."""
         self.before_step()
-        self.times = StepTimes(smashed_sent=time.perf_counter())
-        message = m.StepForward(self.step, self.tokens, layout.to_ints(), to_wire(smashed))
-        reply = self._client.ask(message, m.StepHidden)
-        hidden = _received(reply.hidden, smashed)
-        self.times.hidden_here = time.perf_counter()
-        return hidden
+        states = to_wire(smashed.detach(), self._wire)
+        return self._client.submit(
+            m.StepForward(part.step, part.tokens, layout.to_ints(), states, part.micro, part.micros)
+        )
 
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        """See Middle."""
-        self.times.grad_sent = time.perf_counter()
-        reply = self._client.ask(m.StepBackward(self.step, to_wire(grad_hidden)), m.StepGrad)
-        grad = _received(reply.grad_smashed, grad_hidden)
-        self.step_grad = reply
-        self.times.grad_here = time.perf_counter()
-        return grad
+    def send_gradient(self, part: Part, gradient: torch.Tensor) -> Future[m.AnyMessage]:
+        """Ask for the backward of a micro-batch, with the gradient of the summed loss by hidden."""
+        return self._client.submit(m.StepBackward(part.step, to_wire(gradient, self._wire), part.micro))
+
+    def may_be_under_way(self, smashed: torch.Tensor) -> int:
+        """How many micro-batches like this one may be at the hub at a time, with room for a gradient; 1 at least."""
+        size = smashed.numel() * smashed.element_size() + m.MAX_HEADER_BYTES
+        return max(self._client.credits // size - 1, 1)
 
     # -- generation and evaluation -------------------------------------------------------------------
 
@@ -117,15 +116,16 @@ class HubMiddle:
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         """See Middle. Survives a hub that lost the stream, or was restarted, as long as it serves this version."""
+        sent = to_rows(smashed, self._wire)
         if stream:
-            self._records[stream].add(smashed.cpu(), layout, order)
+            self._records[stream].add(sent.data, layout, order)
         deadline, have = math.inf, layout.past
         while True:
             try:
                 if have < layout.past:
-                    self._replay(layout, stream, have)
+                    self._replay(sent, layout, stream, have)
                     have, order = layout.past, ()
-                return _received(self._ask(smashed, layout, stream, order), smashed)
+                return received(self._ask(sent, layout, stream, order), smashed)
             except HubError as error:
                 if error.code is ErrorCode.CACHE_MISS:
                     have = 0 if order else error.detail
@@ -140,15 +140,17 @@ class HubMiddle:
                     raise
             self._client.wait_for_session(max(deadline - time.monotonic(), 0.0))
 
-    def _replay(self, layout: Layout, stream: int, have: int) -> None:
+    def _replay(self, sent: Rows, layout: Layout, stream: int, have: int) -> None:
         """Send positions have .. past again, the same bytes; the answer was seen before."""
-        self._ask(self._records[stream].since(have, layout.past), layout.replay(have), stream, ())
+        before = self._records[stream].since(have, layout.past)
+        self._ask(replace(sent, data=before), layout.replay(have), stream, ())
 
-    def _ask(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> m.Tensor:
+    def _ask(self, sent: Rows, layout: Layout, stream: int, order: tuple[int, ...]) -> m.Tensor:
         self.round_trips += 1
-        message = m.Infer(stream, layout.past, self.version, layout.to_ints(), order, to_wire(smashed))
+        message = m.Infer(stream, layout.past, self.version, layout.to_ints(), order, sent.to_wire())
         return self._client.ask(message, m.InferHidden).hidden
 
 
-def _received(tensor: m.Tensor, like: torch.Tensor) -> torch.Tensor:
+def received(tensor: m.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What came over the wire as a tensor of `like`'s shape, dtype and device. ProtocolError if it is not that."""
     return from_wire(tensor, dtype=like.dtype, shape=tuple(like.shape)).to(like.device)

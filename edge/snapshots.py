@@ -31,7 +31,7 @@ class Standing:
 
     version: of the published adapter loaded last. round_tokens: target tokens of this round's steps. closes: the
     hub has closed this round to further steps. held_out: held-out losses so far; evaluated: after how many rounds
-    the last one was taken (-1: none). model_hash and partition: what the tensors belong to.
+    the last one was taken (-1: none). model_hash and partition: what the tensors belong to. micro_batches: of a step.
     """
 
     steps: int
@@ -44,6 +44,7 @@ class Standing:
     evaluated: int
     model_hash: str
     partition: str
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,9 @@ class Snapshots:
 
 
 def _standing(facts: Mapping[str, Any]) -> Standing:
-    given = {field.name: facts[field.name] for field in fields(Standing)}
+    # Before steps had micro-batches, nothing was said of them.
+    given = {field.name: facts[field.name] for field in fields(Standing) if field.name != "micro_batches"}
+    given["micro_batches"] = facts.get("micro_batches", 1)
     return Standing(**{**given, "held_out": tuple(given["held_out"])})
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +13,17 @@ from safetensors.torch import save as save_safetensors
 
 import messaging.messages as m
 from blocks import adapters
-from blocks.remote import RemoteBlocks
 from blocks.surgery import CutModel
 from edge.client import HubClient
 from edge.course import Course
 from edge.data import Batch
+from edge.loss import summed_loss
 from edge.middle import HubMiddle
 from edge.noise import GaussianNoise
+from edge.pipeline import Pipeline, Taken, split
 from edge.upload import Uploading
 from messaging.console import Journal
-from messaging.errors import ErrorCode, HubError, LinkLost, NotFinite
+from messaging.errors import ROUND_CLOSES, ErrorCode, HubError, LinkLost, NotFinite
 
 #: How long to leave a hub alone that says it is stopping.
 _STOPPING_S = 0.5
@@ -55,11 +55,13 @@ class Parts:
     """What a trainer works with."""
 
     cut: CutModel
-    remote: RemoteBlocks
     middle: HubMiddle
     client: HubClient
     noise: GaussianNoise
     journal: Journal
+    pipeline: Pipeline
+    #: micro-batches of a step
+    micros: int
     #: what is done inside of it is not interrupted by Ctrl-C
     whole: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -136,7 +138,10 @@ class Trainer:
         """Make the step possible again after the hub refused it, or raise what ends the training."""
         if error.code is ErrorCode.SHUTDOWN:
             self._wait_for_hub()
-        elif error.code is ErrorCode.BEHIND:
+        elif error.code is ErrorCode.BEHIND and error.detail == ROUND_CLOSES:
+            self._course.closes()
+        elif error.code in (ErrorCode.BEHIND, ErrorCode.STALE):
+            # STALE: of an answer that was lost the hub has kept no copy in this session. It knows the step's bytes.
             self._parts.journal.log(f"step {self._course.standing.steps} is repeated: {error}")
             welcome = self._where()
             if welcome.applied == self._course.standing.steps + 1:
@@ -161,40 +166,16 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """Forward, loss, backward and optimizer for one batch."""
         parts, course, started = self._parts, self._course, time.perf_counter()
-        parts.middle.step, parts.middle.tokens = course.standing.steps, batch.tokens
-        parts.noise.begin(f"step {course.standing.steps}", batch.input_ids)
         # The first try of a step that is repeated may have ended in the middle of the backward.
         course.optimizer.drop_gradients()
-        loss = self._summed_loss(batch, learning=True)
-        mean = float(loss.detach()) / max(batch.tokens, 1)
-        if not math.isfinite(mean):
-            raise NotFinite(f"its loss is {mean}")
-        # From here on the hub takes the step, and so must this edge.
-        with parts.whole():
-            loss.backward()
+        with ExitStack() as held:
+            # Before its last gradient leaves: from there on the hub takes the step, and so must this edge.
+            whole = lambda: held.enter_context(parts.whole())  # noqa: E731
+            taken = parts.pipeline.step(course.standing.steps, split(batch, parts.micros), whole)
             course.optimizer.step(batch.tokens)
-            reply = parts.middle.step_grad
-            assert reply is not None
-            course.took_step(batch.tokens, reply)
+            course.took_step(batch.tokens, taken.reply)
             self._show()
-            self._account(started, batch.tokens, mean)
-
-    def _summed_loss(self, batch: Batch, learning: bool) -> torch.Tensor:
-        """The loss summed over target tokens, by transformers' own loss function."""
-        model, device = self._parts.cut.model, self._parts.cut.model.device
-        self._parts.remote.learning = learning
-        logits = model(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=None if batch.attention_mask is None else batch.attention_mask.to(device),
-            position_ids=None if batch.position_ids is None else batch.position_ids.to(device),
-            use_cache=False,
-        ).logits
-        vocab = model.config.get_text_config().vocab_size
-        one = torch.tensor(1.0, device=device)
-        loss: torch.Tensor = model.loss_function(
-            logits=logits, labels=batch.labels.to(device), vocab_size=vocab, num_items_in_batch=one
-        )
-        return loss
+            self._account(started, batch.tokens, taken)
 
     # -- rounds ----------------------------------------------------------------------------------------
 
@@ -301,7 +282,7 @@ class Trainer:
         with torch.no_grad(), self._parts.journal.task("held-out loss", unit="tokens") as task:
             for batch in held_out():
                 self._parts.noise.begin("held-out", batch.input_ids)
-                total += float(self._summed_loss(batch, learning=False))
+                total += float(summed_loss(self._parts.cut, batch))
                 tokens += batch.tokens
                 task.advance(batch.tokens)
         if not tokens:
@@ -309,16 +290,17 @@ class Trainer:
         self._parts.journal.log(f"held-out loss {total / tokens:.4f} at step {self._course.standing.steps}")
         return (total / tokens,)
 
-    def _account(self, started: float, tokens: int, loss: float) -> None:
-        progress, times, now = self.progress, self._parts.middle.times, time.perf_counter()
-        waited = (times.hidden_here - times.smashed_sent) + (times.grad_here - times.grad_sent)
-        link = min(2 * (self._parts.client.figures.round_trip_s or 0.0), waited)
-        progress.blocks_a += times.smashed_sent - started
-        progress.blocks_c += times.grad_sent - times.hidden_here
+    def _account(self, started: float, tokens: int, taken: Taken) -> None:
+        progress, times = self.progress, taken.times
+        took = time.perf_counter() - started
+        # There and back for the forwards and for the backwards: with micro-batches they overlap.
+        link = min(2 * (self._parts.client.figures.round_trip_s or 0.0), times.waiting)
+        progress.blocks_a += times.blocks_a
+        progress.blocks_c += times.blocks_c
         progress.link += link
-        progress.hub += waited - link
-        progress.other += now - times.grad_here
-        progress.losses.append(loss)
+        progress.hub += times.waiting - link
+        progress.other += took - times.blocks_a - times.blocks_c - times.waiting
+        progress.losses.append(taken.loss / max(tokens, 1))
         progress.tokens += tokens
-        speed = tokens / max(now - started, 1e-9)
+        speed = tokens / max(took, 1e-9)
         progress.tokens_per_s = speed if not progress.tokens_per_s else 0.9 * progress.tokens_per_s + 0.1 * speed

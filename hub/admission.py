@@ -71,5 +71,5 @@ class Admission:
 
     def _waiting_bytes(self) -> int:
         """Bytes of the steps that wait for the rest of their cohort, and give no room before it is here."""
-        waiting = {member.session for member in self._members() if member.smashed is not None}
+        waiting = {member.session for member in self._members() if member.smashed}
         return sum(session.account.outstanding for session in self._sessions if session.seat in waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,15 @@ def serve(
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between checkpoints: what a hub that is killed has to do again.")
     ] = 10.0,
+    quorum: Annotated[
+        int | None, typer.Option(min=1, help="Edges that are enough for a joined step after --deadline (default: all).")
+    ] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="With --quorum: seconds that a joined step waits for the others.")
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Train in less memory: run each layer once more in the backward.")
+    ] = False,
     join_file: Annotated[Path | None, typer.Option(help="Write the join string there once edges are accepted.")] = None,
     headless: Annotated[bool, typer.Option("--headless", help="Plain log lines instead of the live view.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the initial adapter.")] = 0,
@@ -69,6 +79,7 @@ def serve(
             raise InputError("--lr, --lora-alpha and --grace must be above 0")
         if ray is not None and replicas is None:
             raise InputError("--ray says where replicas run: give --replicas too")
+        _check_quorum(quorum, deadline, cohort)
         from hub.serve import Options
         from hub.serve import serve as run
 
@@ -89,6 +100,9 @@ def serve(
                 target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
                 grace_s=grace,
                 checkpoint_s=checkpoint_every,
+                quorum=quorum,
+                deadline_s=deadline,
+                recompute=recompute,
                 join_file=join_file,
                 headless=headless,
                 seed=seed,
@@ -97,6 +111,15 @@ def serve(
             )
         )
     sys.exit(INTERRUPTED if stopped == "SIGINT" else 0)
+
+
+def _check_quorum(quorum: int | None, deadline: float | None, cohort: int) -> None:
+    if (quorum is None) != (deadline is None):
+        raise InputError("--quorum and --deadline belong together: give both, or neither to wait for every edge")
+    if deadline is not None and not 0 < deadline < math.inf:
+        raise InputError(f"--deadline {deadline:g}: give the seconds that a joined step waits for edges, above 0")
+    if quorum is not None and quorum > cohort:
+        raise InputError(f"--quorum {quorum} is more than the --cohort of {cohort}: give at most that")
 
 
 @app.command()

@@ -90,7 +90,7 @@ class Computing:
                 self._computed(event, group)
 
     def _computed(self, event: ev.Event, group: Group) -> None:
-        if isinstance(event, ev.BackwardDone):
+        if isinstance(event, ev.StepApplied):
             self._figures.stepped(event)
             self._ledger.stepped(event, group.number)
             self._seating.catch_up()
@@ -171,7 +171,7 @@ class Computing:
     def _last_checkpoint(self) -> None:
         for group in self._groups.running:
             if not group.down:
-                progress = self._ledger.progress(group.state, self._sessions, group.number, stopping=True)
+                progress = self._ledger.progress(group.state, self._sessions, group.number)
                 group.worker.leave_to_keeper(progress)
         self._keeper.write().result()
         step = sum(group.state.hub_step for group in self._groups)

@@ -22,6 +22,8 @@ from messaging.errors import ErrorCode, HubError, InputError, ProtocolError
 from messaging.replies import Replies
 
 _MOST_ROWS = 1024
+#: bytes of one number in the dtype that the hub computes in
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class Desk:
             case m.StepForward():
                 return self._smashed(session, request, message)
             case m.StepBackward():
-                return ev.GradientReceived(session.seat, request, message.step, message.grad_hidden)
+                micro = message.micro
+                return ev.GradientReceived(session.seat, request, message.step, message.grad_hidden, micro)
             case m.Infer():
                 return self._infer(session, request, message)
             case m.AwaitRound():
@@ -167,13 +170,17 @@ class Desk:
             raise HubError(
                 ErrorCode.BEHIND, f"step {message.step} was asked for, but the hub is at {session.applied} of this edge"
             )
+        micro, micros = message.micro, message.micros
+        if micro >= micros:
+            raise ProtocolError(f"there is no micro-batch {micro} in a step of {micros}: they are counted from 0")
         layout = self._layout(message.smashed, message.layout, 0)
         if message.tokens > layout.rows * layout.width:
             raise ProtocolError("more target tokens than positions")
-        item = StepItem(session.seat, session.place, layout, message.tokens, message.smashed)
-        again = message.step < session.forwarded
-        session.forwarded = max(session.forwarded, message.step + 1)
-        return ev.SmashedReceived(session.seat, request, message.step, item, item.digest() if again else b"")
+        item = StepItem(session.seat, session.place, layout, message.tokens, message.smashed, micro, micros)
+        again = (message.step, micro) < session.forwarded
+        session.forwarded = max(session.forwarded, (message.step, micro + 1))
+        digest = item.digest() if again else b""
+        return ev.SmashedReceived(session.seat, request, message.step, item, digest, micro, micros)
 
     def _infer(self, session: Session, request: int, message: m.Infer) -> ev.Event:
         layout = self._layout(message.smashed, message.layout, message.past)
@@ -188,8 +195,10 @@ class Desk:
             layout,
             message.order,
             message.smashed,
+            session.key,
         )
-        return ev.InferReceived(session.seat, request, item)
+        # What keeps no cache is computed as a whole.
+        return ev.InferReceived(session.seat, request, item, layout.rows, layout.width if message.stream else 1)
 
     def _layout(self, tensor: m.Tensor, ints: tuple[int, ...], past: int) -> Layout:
         if len(tensor.shape) != 3 or tensor.shape[2] != self.served.hidden_size:
@@ -197,6 +206,10 @@ class Desk:
         rows, width, _ = tensor.shape
         if not (1 <= rows <= _MOST_ROWS and width >= 1):
             raise ProtocolError(f"a batch of {rows} x {width} cannot be served")
+        if rows * width * self.served.hidden_size * _BYTES[self.served.dtype] > self.credits.budget:
+            # Credits count bytes on the wire, which may be a quarter of what is made of them.
+            text = f"{rows} x {width} positions are more than the hub has memory for: take a smaller batch"
+            raise HubError(ErrorCode.CREDITS, text, self.credits.budget)
         if past + width > self.served.max_positions:
             raise ProtocolError(f"{past + width} positions are more than the model's {self.served.max_positions}")
         return Layout.from_ints(ints, rows, past, width, self.served.max_positions)
@@ -206,14 +219,14 @@ class Desk:
     def hidden(self, action: act.AnswerForward) -> m.AnyMessage:
         """The reply to a StepForward."""
         answer = action.answer
-        return m.StepHidden(action.step, answer) if isinstance(answer, m.Tensor) else refusal(answer)
+        return m.StepHidden(action.step, answer, action.micro) if isinstance(answer, m.Tensor) else refusal(answer)
 
     def grad(self, action: act.AnswerBackward, checkpoint: int) -> m.AnyMessage:
         """The reply to a StepBackward; `checkpoint`: the steps of this edge in the newest checkpoint begun."""
         answer = action.answer
         if not isinstance(answer, m.Tensor):
             return refusal(answer)
-        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), checkpoint, answer)
+        return m.StepGrad(action.step, action.hub_step, int(action.round_closes), checkpoint, answer, action.micro)
 
     def infer_hidden(self, action: act.AnswerInfer) -> m.AnyMessage:
         """The reply to an Infer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,17 +16,19 @@ from transformers import PreTrainedConfig
 
 from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
-from blocks.codec import from_wire, to_wire
+from blocks.codec import from_wire
 from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.surgery import LayerNames, load, store_by_columns
 from blocks.weights import WeightSource
 from hub import ragged, streams
+from hub.answers import gradient_like, hidden_like
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.joining import Joined, Part, join
 from hub.kv import KvBudget
-from hub.streams import Streams
+from hub.streams import Streams, Work
+from hub.training import Gradients, Graph, JoinedStep, keep_apart
 from messaging.errors import ErrorCode, FedseaError, HubError, ProtocolError
 
 _TRAIN = "training_copy"
@@ -33,13 +36,17 @@ _TRAIN = "training_copy"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes."""
+    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes.
+
+    recompute: training keeps the layers' inputs only, and runs each layer once more in the backward.
+    """
 
     spec: LoraSpec
     schedule: Schedule
     dtype: torch.dtype
     device: torch.device
     kv_bytes: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +56,6 @@ class Standing:
     adapter: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     layer_tokens: tuple[int, ...]
-
-
-@dataclass
-class _Pending:
-    """A joined forward that waits for its gradients: the graph's inputs and outputs, part by part."""
-
-    items: list[StepItem]
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
 
 
 class Engine:
@@ -79,14 +77,15 @@ class Engine:
         if self._batches:
             ragged.install(self._plain.cut.model)
             ragged.install(self._tuned.cut.model)
-        trained = adapters.parameters(self._tuned.cut, _TRAIN)
-        self.optimizer = AdapterOptimizer(trained, settings.schedule)
-        self._layer_of = {name: adapters.layer_of(name, self.names) for name in trained}
+        self._trained = adapters.parameters(self._tuned.cut, _TRAIN)
+        keep_apart(self._lora, _TRAIN, {id(parameter): name for name, parameter in self._trained.items()})
+        self.optimizer = AdapterOptimizer(self._trained, settings.schedule)
+        self._layer_of = {name: adapters.layer_of(name, self.names) for name in self._trained}
         self.hidden_size = config.get_text_config().hidden_size
         self.num_layers = layers
         self.budget = KvBudget(settings.kv_bytes)
         self._streams = Streams(layers, self.budget)
-        self._pending: _Pending | None = None
+        self._step = JoinedStep(settings.recompute)
         self._versions: set[int] = {0}
         #: target tokens that passed each absolute layer since the round began
         self.layer_tokens = [0] * layers
@@ -95,8 +94,13 @@ class Engine:
 
     # -- training ------------------------------------------------------------------------------------
 
-    def step_forward(self, items: Sequence[StepItem]) -> dict[int, Outcome]:
-        """Join the items' rows, run them forward once, keep the graph. An item whose tensor is bad is left out."""
+    def step_forward(self, items: Sequence[StepItem], micro: int = 0) -> dict[int, Outcome]:
+        """Join the items' rows, run them forward once, keep the graph. An item whose tensor is bad is left out.
+
+        The items are micro-batch `micro` of a joined step; the first one begins the step.
+        """
+        if not micro:
+            self._step = JoinedStep(self.settings.recompute)
         out: dict[int, Outcome] = {}
         good, parts = [], []
         for item in items:
@@ -111,22 +115,21 @@ class Engine:
         hidden: list[torch.Tensor] = []
         if parts:
             with torch.enable_grad():
-                hidden = self._run_joined(self._tuned, parts)
-        self._pending = _Pending(good, [part.states for part in parts], hidden)
-        out |= {item.session: to_wire(states) for item, states in zip(good, hidden, strict=True)}
+                hidden = self._run_joined(self._tuned, parts, [item.session for item in good])
+        self._step.forward_done(micro, Graph(good, [part.states for part in parts], hidden))
+        out |= {item.session: hidden_like(states, item.smashed) for item, states in zip(good, hidden, strict=True)}
         return out
 
-    def step_backward(self, grads: Mapping[int, object]) -> dict[int, Outcome]:
-        """One backward and one optimizer step for the pending forward.
+    def step_backward(self, grads: Mapping[int, object], micro: int = 0) -> dict[int, Outcome]:
+        """The backward of a micro-batch; what it gives B's adapter is added up by edge until `apply_step`.
 
-        grads: gradient of the summed loss by hidden (a wire tensor) per session; a session without one counts
-        zero tokens. Returns the gradients by smashed of those that gave one.
+        grads: gradient of the summed loss by hidden (a wire tensor) per session. Returns the gradients by smashed
+        of those sessions.
         """
-        pending, self._pending = self._pending, None
-        assert pending is not None
+        graph = self._step.graphs.pop(micro)
         out: dict[int, Outcome] = {}
         roots, seeds, given = [], [], []
-        for item, start, hidden in zip(pending.items, pending.inputs, pending.outputs, strict=True):
+        for item, start, hidden in zip(graph.items, graph.inputs, graph.outputs, strict=True):
             grad = grads.get(item.session)
             if grad is None:
                 continue
@@ -136,44 +139,60 @@ class Engine:
                 out[item.session] = error
                 continue
             roots.append(hidden)
-            given.append((item, start))
+            given.append((item, start, grad))
         if roots:
+            # For layers that are run once more: generation may have used another adapter meanwhile.
+            self._use(_TRAIN)
             torch.autograd.backward(roots, seeds)
-        self._apply([item for item, _ in given])
-        for item, start in given:
+        self._step.backward_done([item for item, _, _ in given])
+        for item, start, grad in given:
             assert start.grad is not None
-            out[item.session] = to_wire(start.grad)
+            out[item.session] = gradient_like(start.grad, grad)  # type: ignore[arg-type]
         return out
 
-    def _apply(self, items: Sequence[StepItem]) -> None:
-        """Step the optimizer on the gradients of these items.
+    def edge_gradients(self) -> Gradients:
+        """The gradient of B's adapter that each edge gave in the step under way, of its summed loss, by session."""
+        return self._step.gradients
+
+    def apply_step(self, sessions: Sequence[int]) -> None:
+        """Step the optimizer on what these sessions gave, and end the step. All that others gave is dropped.
 
         Each layer's gradient is divided by the tokens of the rows that passed it. At equal partitions that is
         the cohort's count everywhere; at mixed ones it makes the hub's share of a layer weigh, in the mean over
         all who trained the layer, what the edges behind it weigh.
         """
-        passed = [
-            sum(item.tokens for item in items if item.place.enter <= layer < item.place.leave)
-            for layer in range(self.num_layers)
-        ]
+        step, self._step = self._step, JoinedStep(self.settings.recompute)
+        if not sessions:
+            return
+        passed = step.passed(sessions, self.num_layers)
+        total = step.total(sessions)
+        for name, parameter in self._trained.items():
+            parameter.grad = total.get(name)
         norm = self.optimizer.step({name: passed[layer] for name, layer in self._layer_of.items()})
         if math.isfinite(norm):
             self.layer_tokens = [before + new for before, new in zip(self.layer_tokens, passed, strict=True)]
 
-    def _run_joined(self, blocks: MiddleBlocks, parts: Sequence[Part]) -> list[torch.Tensor]:
-        """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order."""
+    def _run_joined(
+        self, blocks: MiddleBlocks, parts: Sequence[Part], edges: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Run the parts in as few forwards as possible; each part's hidden [rows, width, hidden], in order.
+
+        edges: whose each part is, to train on them.
+        """
         out: dict[int, torch.Tensor] = {}
         for batch in join(parts):
-            hidden = self._run(blocks, batch)
+            rows = [edges[i] for i, first, last, _ in batch.slices for _ in range(last - first)] if edges else None
+            hidden = self._run(blocks, batch, rows)
             for index, first, last, width in batch.slices:
                 out[index] = hidden[first:last, :width]
         return [out[i] for i in range(len(parts))]
 
-    def _run(self, blocks: MiddleBlocks, batch: Joined) -> torch.Tensor:
+    def _run(self, blocks: MiddleBlocks, batch: Joined, edges: Sequence[int] | None) -> torch.Tensor:
         self.forwards += 1
         device = self.settings.device
         mask = None if batch.mask is None else batch.mask.to(device)
-        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device))
+        around = self._step.layer_runner(edges) if edges else None
+        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around)
 
     def _states(self, tensor: object, layout: Layout, cached: bool) -> torch.Tensor:
         if layout.past and not cached:
@@ -184,56 +203,80 @@ class Engine:
     # -- generation ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def infer(self, items: Sequence[InferItem]) -> list[Outcome]:
-        """Answer each request; those of equal width and adapter version run as one batch."""
-        out: dict[int, Outcome] = {}
+    def infer(self, items: Sequence[InferItem], upto: Mapping[int, int] | None = None) -> list[Outcome | None]:
+        """Answer each request; those of one adapter version run as one batch, of streams whatever their widths.
+
+        upto: by index, how many columns of a stream's request are to be computed when this returns, if not all. The
+        answer is None until all are; the same item, given again, is gone on with.
+        """
+        out: dict[int, Outcome | None] = {}
         begun: set[tuple[int, int]] = set()
-        ready: dict[tuple[int, int, bool], list[tuple[int, Part]]] = {}
+        once: dict[tuple[int, int], list[tuple[int, Part]]] = {}
+        cached: dict[int, list[tuple[int, Work]]] = {}
         for index, item in enumerate(items):
             try:
-                states = self._states(item.smashed, item.layout, cached=item.stream != 0)
                 if item.version not in self._versions:
                     raise HubError(ErrorCode.BEHIND, f"adapter version {item.version} is no longer served: join again")
+                states_of = partial(self._states, item.smashed, item.layout, cached=item.stream != 0)
                 if item.stream:
-                    self._streams.prepare(item, begun)
+                    work = self._streams.work(item, begun, states_of)
+                    cached.setdefault(item.version, []).append((index, work))
+                else:
+                    part = Part(states_of(), item.layout, item.place)
+                    once.setdefault((item.version, item.layout.width), []).append((index, part))
             except FedseaError as error:
                 out[index] = error
-                continue
-            key = (item.version, item.layout.width, item.stream != 0)
-            ready.setdefault(key, []).append((index, Part(states, item.layout, item.place)))
-        for (version, _, cached), group in ready.items():
-            blocks = self._use_version(version)
-            out |= self._infer_cached(blocks, items, group) if cached else self._infer_once(blocks, group)
+        for (version, _), parts in once.items():
+            out |= self._infer_once(self._use_version(version), items, parts)
+        for version, works in cached.items():
+            out |= self._infer_cached(self._use_version(version), works, upto or {})
         return [out[index] for index in range(len(items))]
 
-    def _infer_once(self, blocks: MiddleBlocks, group: list[tuple[int, Part]]) -> dict[int, Outcome]:
+    def _infer_once(
+        self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
+    ) -> dict[int, Outcome | None]:
         hidden = self._run_joined(blocks, [part for _, part in group])
-        return {index: to_wire(states) for (index, _), states in zip(group, hidden, strict=True)}
+        return {i: hidden_like(states, items[i].smashed) for (i, _), states in zip(group, hidden, strict=True)}
 
     def _infer_cached(
-        self, blocks: MiddleBlocks, items: Sequence[InferItem], group: list[tuple[int, Part]]
-    ) -> dict[int, Outcome]:
-        out: dict[int, Outcome] = {}
-        batches = [group] if self._batches else [[one] for one in group]
-        for batch in batches:
-            caches = [self._streams.of(items[index]) for index, _ in batch]
-            self.forwards += 1
-            try:
-                hidden = streams.run(blocks, [part for _, part in batch], caches, self.settings.device)
-            except HubError as error:
+        self, blocks: MiddleBlocks, group: list[tuple[int, Work]], upto: Mapping[int, int]
+    ) -> dict[int, Outcome | None]:
+        out: dict[int, Outcome | None] = {}
+        for batch in [group] if self._batches else [[one] for one in group]:
+            error = self._advance(blocks, [(work, upto.get(index, work.item.layout.width)) for index, work in batch])
+            if error is None:
+                out |= {index: self._answer(work) for index, work in batch}
+            elif len(batch) > 1:
                 # The KV budget ran out part of the way. Those for whom there is room alone are served.
-                for cache in caches:
-                    cache.undo()
-                if len(batch) > 1:
-                    for one in batch:
-                        out |= self._infer_cached(blocks, items, [one])
-                else:
-                    ((index, _),) = batch
-                    out[index] = error
-                    self.close_stream(items[index].session, items[index].stream)
-                continue
-            out |= {index: to_wire(states) for (index, _), states in zip(batch, hidden, strict=True)}
+                for one in batch:
+                    out |= self._infer_cached(blocks, [one], upto)
+            else:
+                ((index, work),) = batch
+                out[index] = error
+                self.close_stream(work.item.session, work.item.stream)
         return out
+
+    def _advance(self, blocks: MiddleBlocks, works: Sequence[tuple[Work, int]]) -> HubError | None:
+        """Compute each work up to its column in one forward; all stand where they stood if there is an error."""
+        missing = [(work, work.piece(columns)) for work, columns in works if columns > work.have]
+        if not missing:
+            return None
+        self.forwards += 1
+        try:
+            hidden = streams.run(blocks, [piece for _, piece in missing])
+        except HubError as error:
+            for work, _ in missing:
+                work.cache.undo()
+            return error
+        for (work, _), states in zip(missing, hidden, strict=True):
+            work.add(states)
+        return None
+
+    def _answer(self, work: Work) -> Outcome | None:
+        if not work.whole:
+            return None
+        self._streams.done(work)
+        return hidden_like(work.answer(), work.item.smashed)
 
     def close_stream(self, session: int, stream: int) -> None:
         """Free a stream's memory; an unknown one is no error."""
@@ -287,6 +330,7 @@ class Engine:
         self.set_trained(standing.adapter)
         self.optimizer.load(dict(standing.optimizer))
         self.layer_tokens = list(standing.layer_tokens)
+        self._step = JoinedStep(self.settings.recompute)
 
     def begin_round(self, version: int, adapter: Mapping[str, torch.Tensor], keep: Collection[int]) -> None:
         """Go on training from a round's adapter, and serve it as `version`, as `publish` does."""

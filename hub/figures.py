@@ -46,7 +46,7 @@ class Figures:
     def began(self, action: act.Compute, group: int = 0) -> None:
         """A compute action goes to a group's worker."""
         self._under_way[group] = type(action), self._clock()
-        if isinstance(action, act.RunForward):
+        if isinstance(action, act.RunForward) and not action.micro:
             self._training.append(len(action.payloads))
         elif isinstance(action, act.RunInfer):
             self._decoding.append(len(action.requests))
@@ -66,9 +66,9 @@ class Figures:
         taken, usual = self._clock() - began, sorted(self._took[kind])[-2:]
         return taken if taken > max(_OVERDUE_S, _TIMES_LONGER * usual[0] if len(usual) == 2 else 0.0) else 0.0
 
-    def stepped(self, event: ev.BackwardDone) -> None:
-        """B's optimizer took a step."""
-        self.steps += 1
+    def stepped(self, event: ev.StepApplied) -> None:
+        """B's optimizer took a step, if anybody was in it."""
+        self.steps += bool(event.sessions)
 
     def snapshot(self, server: Server) -> HubSnapshot:
         """Everything at this moment."""

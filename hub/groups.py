@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Group:
     deposited: bool = False
     #: optimizer steps since the hub's start
     steps: int = 0
+    #: when the time to gather for a joined step is over, and its number
+    deadline: tuple[float, int] = (math.inf, 0)
 
     @property
     def name(self) -> str:
@@ -95,6 +98,21 @@ class Groups:
             if session.group in counts:
                 counts[session.group][not session.train] += 1
         return place({number: Load(*count) for number, count in counts.items()}, train)
+
+    # -- deadlines -----------------------------------------------------------------------------------
+
+    @property
+    def next_deadline(self) -> float:
+        """When the first of the groups stops waiting for edges that are late for a joined step; inf for none."""
+        return min(group.deadline[0] for group in self.all)
+
+    def pass_deadlines(self, now: float) -> None:
+        """Tell those groups whose deadline is over."""
+        for group in self.all:
+            at, gathering = group.deadline
+            if now >= at:
+                group.deadline = (math.inf, 0)
+                self.decide(ev.DeadlinePassed(gathering), group.number)
 
     # -- together ------------------------------------------------------------------------------------
 

@@ -26,17 +26,26 @@ class Place:
 
 @dataclass(frozen=True)
 class StepItem:
-    """One edge's part of a joined forward: smashed [batch, seq, hidden] with `tokens` targets behind it."""
+    """One edge's part of a joined forward: smashed [batch, seq, hidden] with `tokens` targets behind it.
+
+    It is micro-batch `micro` of the `micros` of its step.
+    """
 
     session: int
     place: Place
     layout: Layout
     tokens: int
     smashed: Tensor
+    micro: int = 0
+    micros: int = 1
 
     def digest(self) -> bytes:
         """Stands for everything that the answer depends on: equal for a repetition of the same step."""
-        sum_ = hashlib.sha256(repr((self.place, self.layout.to_ints(), self.tokens, self.smashed.shape)).encode())
+        what = (
+            *(self.place, self.layout.to_ints(), self.tokens, self.micro, self.micros),
+            *(self.smashed.dtype, self.smashed.shape),
+        )
+        sum_ = hashlib.sha256(repr(what).encode())
         for chunk in self.smashed.chunks:
             sum_.update(chunk)
         return sum_.digest()
@@ -54,6 +63,8 @@ class InferItem:
     layout: Layout
     order: tuple[int, ...]
     smashed: Tensor
+    #: the edge that may be given again what is computed of this; empty: nobody
+    owner: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Progress:
     """What a checkpoint needs to know of a group besides tensors.
 
     `applied` counts steps by edge key, `round_tokens` the target tokens of the open round. `gathered`: the cohort
-    has begun. `answered`: answers that edges may not have heard; only a hub that stops keeps them.
+    has begun. `answered`: answers that edges may not have heard.
     """
 
     hub_step: int

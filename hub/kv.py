@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from messaging.errors import ErrorCode, HubError
 
-_GROW = 64
+_GROW = 16
 
 
 class KvBudget:
@@ -61,6 +61,8 @@ class StreamLayer(CacheLayerMixin):
         self._budget = budget
         self.length = 0
         self.nbytes = 0
+        #: positions that the request under way comes to: room is made for all of them at once
+        self.expected = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """See transformers; the buffers are made by the first update."""
@@ -68,17 +70,25 @@ class StreamLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append [rows, heads, new, dim]; returns views of all keys and values so far."""
-        new = key_states.shape[-2]
-        if not self.is_initialized or self.length + new > self.keys.shape[-2]:
-            self._grow(key_states, value_states, self.length + new)
-        end = self.length + new
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = self.extend(key_states, value_states)
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        return self.filled()
+
+    def extend(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places that these are to be copied to, which count as filled from now on."""
+        start, new = self.length, key_states.shape[2]
+        if not self.is_initialized or start + new > self.keys.shape[2]:
+            self._grow(key_states, value_states, start + new)
+        self.length = start + new
+        return self.keys.narrow(2, start, new), self.values.narrow(2, start, new)
+
+    def filled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of all keys and values."""
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor, need: int) -> None:
-        capacity = _capacity(need)
+        capacity = _capacity(max(need, self.expected))
         rows, heads, _, key_dim = keys.shape
         value_dim = values.shape[-1]
         nbytes = rows * heads * capacity * (key_dim + value_dim) * keys.element_size()
@@ -172,6 +182,11 @@ class StreamCache(Cache):
             self.free()
         self.past, self.rows = past, rows
 
+    def expect(self, length: int) -> None:
+        """The request under way comes to `length` positions."""
+        for layer in self.layers:
+            layer.expected = length
+
     def undo(self) -> None:
         """Back to what `prepare` left, after a forward that ended part of the way."""
         for layer in self.layers:
@@ -205,23 +220,45 @@ class RaggedStates:
     items: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
-    """A stream in a batch: its cache, its rows first .. last, its bool mask [rows, past + width] or None."""
+    """A stream in a batch: its cache, its `rows` x `width` new positions, its bool mask [rows, past + width] or None.
 
+    In the batch each new position is a row of its own; this stream's are `first` .. `last`, row by row. `number` is
+    its place among the streams.
+    """
+
+    number: int
     cache: StreamCache
     first: int
-    last: int
+    rows: int
+    width: int
     mask: torch.Tensor | None
+
+    @property
+    def last(self) -> int:
+        """The batch row behind its last one."""
+        return self.first + self.rows * self.width
+
+    def unfold(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows * width, heads, 1, dim] of the batch -> [rows, heads, width, dim]."""
+        if self.width == 1:
+            return states
+        _, heads, _, dim = states.shape
+        return states.reshape(self.rows, self.width, heads, dim).transpose(1, 2)
 
 
 class BatchCache(Cache):
-    """The caches of several streams, shown to one forward as one."""
+    """The caches of several streams, shown to one forward as one. Every new position is a row of the batch."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(layers=[])
         self.members = tuple(members)
         self.inside = self.members
+        #: rows of the batch that each stream inside has
+        self.sizes = [member.last - member.first for member in self.members]
+        #: no stream has more than one new position in a row
+        self.single = all(member.width == 1 for member in self.members)
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -230,19 +267,24 @@ class BatchCache(Cache):
 
     def see(self, rows: list[int]) -> None:
         """Told by the layer loop which rows are inside now."""
+        if len(rows) == self.members[-1].last and len(self.inside) == len(self.members):
+            return
         inside = set(rows)
         self.inside = tuple(member for member in self.members if member.first in inside)
+        self.sizes = [member.last - member.first for member in self.inside]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Append each stream's rows to its own cache; returns keys and values stream by stream."""
-        keys, values, at = [], [], 0
-        for member in self.inside:
-            end = at + member.last - member.first
-            k, v = member.cache.layers[layer_idx].update(key_states[at:end], value_states[at:end])
-            keys.append(k)
-            values.append(v)
-            at = end
-        return RaggedStates(tuple(keys)), RaggedStates(tuple(values))
+        layers = [member.cache.layers[layer_idx] for member in self.inside]
+        keys, values = key_states.split(self.sizes), value_states.split(self.sizes)
+        if not self.single:
+            keys = [member.unfold(key) for member, key in zip(self.inside, keys, strict=True)]
+            values = [member.unfold(value) for member, value in zip(self.inside, values, strict=True)]
+        places = [layer.extend(key, value) for layer, key, value in zip(layers, keys, values, strict=True)]
+        # One call: with a call for each stream the calls cost more than the copies.
+        torch._foreach_copy_([place for pair in places for place in pair], _alternate(keys, values))
+        filled = [layer.filled() for layer in layers]
+        return RaggedStates(tuple(k for k, _ in filled)), RaggedStates(tuple(v for _, v in filled))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest stream's."""
@@ -251,3 +293,7 @@ class BatchCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The longest stream's; `ragged.py` makes a mask for each."""
         return self.get_seq_length() + query_length, 0
+
+
+def _alternate(keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [states for pair in zip(keys, values, strict=True) for states in pair]

@@ -14,7 +14,6 @@ from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler.state import Phase, State
 from hub.sessions import Sessions
-from messaging.messages import Tensor
 
 
 class Ledger:
@@ -72,21 +71,24 @@ class Ledger:
         return min(claimed, self.round_tokens(key))
 
     def begins(self, action: act.RunForward, sessions: Sessions, group: int = 0) -> None:
-        """A joined forward is handed to the compute thread."""
-        inside = [(sessions.find(seat), item) for seat, item in action.payloads]
-        self._stepping[group] = {
-            session.seat: (session.key, self.applied(session.key) + 1, item.tokens)
-            for session, item in inside
-            if session is not None and isinstance(item, StepItem)
-        }
+        """The joined forward of a micro-batch is handed to the compute thread."""
+        if not action.micro:
+            self._stepping[group] = {}
+        stepping = self._stepping.setdefault(group, {})
+        for seat, item in action.payloads:
+            session = sessions.find(seat)
+            if session is not None and isinstance(item, StepItem):
+                before = stepping[seat][2] if seat in stepping else 0
+                stepping[seat] = (session.key, self.applied(session.key) + 1, before + item.tokens)
         if action.checkpoint:
             self._begun.update(self._of_group(self._applied, group))
 
-    def stepped(self, event: ev.BackwardDone, group: int = 0) -> None:
+    def stepped(self, event: ev.StepApplied, group: int = 0) -> None:
         """The optimizer has stepped, whether or not the edges are still there to hear of it."""
-        for seat, answer in event.answers.items():
-            if isinstance(answer, Tensor) and seat in self._stepping.get(group, {}):
-                key, applied, tokens = self._stepping[group][seat]
+        stepping = self._stepping.get(group, {})
+        for seat in event.sessions:
+            if seat in stepping:
+                key, applied, tokens = stepping[seat]
                 self._applied[key] = applied
                 self._round_tokens[key] = self._round_tokens.get(key, 0) + tokens
 
@@ -99,11 +101,11 @@ class Ledger:
         """A checkpoint is on the disk."""
         self._durable = dict(checkpoint.applied)
 
-    def progress(self, state: State, sessions: Sessions, group: int = 0, stopping: bool = False) -> Progress:
-        """All of a group as of now, for a checkpoint; of a hub that stops, with what its edges may not have heard."""
+    def progress(self, state: State, sessions: Sessions, group: int = 0) -> Progress:
+        """All of a group as of now, for a checkpoint, with what its edges may not have heard."""
         seated = [(member, sessions.find(member.session)) for member in state.members.values()]
         here = [(member, session) for member, session in seated if session is not None]
-        answered = [answered_of(member, session.key) for member, session in here] if stopping else []
+        answered = [answered_of(member, session.key) for member, session in here]
         return Progress(
             state.hub_step,
             state.round,

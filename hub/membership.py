@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hub.scheduler.state import GradGiven, HiddenGiven, Member
+from hub.scheduler.state import HiddenGiven, Member, StepTaken
 from messaging.messages import Tensor
 
 
@@ -24,11 +24,11 @@ class MemberNote:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the hub answered to the latest step of a member that may not have heard it."""
+    """What the hub answered to the latest step of a member that may not have heard it, by micro-batch."""
 
     key: str
-    hidden: HiddenGiven
-    grad: GradGiven
+    hiddens: Mapping[int, HiddenGiven]
+    taken: StepTaken
 
 
 def notes_to_json(notes: Sequence[MemberNote]) -> list[dict[str, Any]]:
@@ -49,16 +49,16 @@ def may_not_have_heard(member: Member) -> bool:
 
     It saves a step before it sends the next one, or its adapter.
     """
-    sent_next = member.inside == member.applied or (member.smashed is not None and member.smashed[1] >= member.applied)
+    sent_next = member.inside == member.applied or any(a.step >= member.applied for a in member.smashed.values())
     return not sent_next and member.upload is None
 
 
 def answered_of(member: Member, key: str) -> Answered | None:
     """The answers to keep for a member; None where it needs none, or none are known."""
-    if member.grad is None or not may_not_have_heard(member):
+    if member.taken is None or not may_not_have_heard(member):
         return None
-    hidden = member.hiddens.get(member.grad.step)
-    return None if hidden is None else Answered(key, hidden, member.grad)
+    hiddens = member.hiddens.get(member.taken.step)
+    return None if hiddens is None else Answered(key, dict(hiddens), member.taken)
 
 
 def answers_to_tensors(answers: Sequence[Answered]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -66,13 +66,18 @@ def answers_to_tensors(answers: Sequence[Answered]) -> tuple[dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     facts = []
     for number, item in enumerate(answers):
-        shapes = {}
-        for what, value in (("hidden", item.hidden.answer), ("grad", item.grad.answer)):
-            assert isinstance(value, Tensor)
-            tensors[f"{number}/{what}"] = torch.frombuffer(bytearray(b"".join(value.chunks)), dtype=torch.uint8)
-            shapes[what] = [value.dtype, list(value.shape)]
-        grad = {"step": item.grad.step, "hub_step": item.grad.hub_step, "closes": item.grad.closes}
-        facts.append({"key": item.key, "digest": item.hidden.digest.hex(), "shapes": shapes, **grad})
+        taken, micros = item.taken, []
+        for micro in range(len(taken.answers)):
+            given = item.hiddens[micro]
+            fact: dict[str, Any] = {"digest": given.digest.hex()}
+            for what, value in (("hidden", given.answer), ("grad", taken.answers[micro])):
+                assert isinstance(value, Tensor)
+                data = bytearray(b"".join(value.chunks))
+                tensors[f"{number}/{micro}/{what}"] = torch.frombuffer(data, dtype=torch.uint8)
+                fact[what] = [value.dtype, list(value.shape)]
+            micros.append(fact)
+        told = {"step": taken.step, "hub_step": taken.hub_step, "closes": taken.closes}
+        facts.append({"key": item.key, "micros": micros, **told})
     return tensors, facts
 
 
@@ -80,11 +85,15 @@ def answers_from_tensors(tensors: Mapping[str, torch.Tensor], facts: Sequence[Ma
     """Back from the checkpoint."""
     out = []
     for number, fact in enumerate(facts):
-        found = {}
-        for what, (dtype, shape) in fact["shapes"].items():
-            found[what] = Tensor(dtype, tuple(shape), (tensors[f"{number}/{what}"].numpy().tobytes(),))
-        hidden = HiddenGiven(bytes.fromhex(fact["digest"]), found["hidden"])
-        out.append(
-            Answered(fact["key"], hidden, GradGiven(fact["step"], found["grad"], fact["hub_step"], fact["closes"]))
-        )
+        hiddens, grads = {}, {}
+        for micro, given in enumerate(fact["micros"]):
+            found = {}
+            for what in ("hidden", "grad"):
+                dtype, shape = given[what]
+                data = tensors[f"{number}/{micro}/{what}"].numpy().tobytes()
+                found[what] = Tensor(dtype, tuple(shape), (data,))
+            hiddens[micro] = HiddenGiven(bytes.fromhex(given["digest"]), found["hidden"])
+            grads[micro] = found["grad"]
+        taken = StepTaken(fact["step"], grads, fact["hub_step"], fact["closes"])
+        out.append(Answered(fact["key"], hiddens, taken))
     return out

@@ -77,10 +77,11 @@ class Recovery:
 
     def gone(self, group: Group, event: ReplicaGone) -> None:
         """Move the group's edges to the others. What its replica had trained counts in the next average."""
-        notes = self._notes(group)
+        notes, part = self._notes(group), self._keeper.part(group.number)
+        _, answered, _ = seats_of(part)
         self._end_sessions(group, event.why)
         group.down, group.gone = False, True
-        group.scheduler = Scheduler(state_at(self._keeper.part(group.number), group.state))
+        group.scheduler = Scheduler(state_at(part, group.state))
         if not self._groups.running:
             raise ReplicasGone(f"{event.why}: no replica is left. Start the hub again, it goes on where it saved last")
         moved: dict[int, list[str]] = {}
@@ -89,7 +90,7 @@ class Recovery:
                 self._groups.reopen()
             for note in notes:
                 target = self._groups.place(self._sessions, True)
-                self._seating.take_in(note, target)
+                self._seating.take_in(note, answered, target)
                 moved.setdefault(target, []).append(note.key)
         where = ", ".join(f"{len(keys)} to {self._groups[g].name}" for g, keys in sorted(moved.items()))
         self._journal.log(f"{event.why}; it cannot be started again. Edges moved: {where or 'none'}")
@@ -116,6 +117,7 @@ def state_at(part: Checkpoint, like: State) -> State:
         cohort=like.cohort,
         round_steps=like.round_steps,
         rounds=like.rounds,
+        quorum=like.quorum,
         hub_step=part.hub_step,
         round=part.round,
         round_step=part.round_step,

@@ -143,23 +143,26 @@ class Seating:
                 continue
             session = self._session(note.key, name, note.partition, None, None, group)
             self._ledger.move(note.key, group)
-            session.forwarded = session.applied
+            session.forwarded = (session.applied, 0)
             self._sessions.add(session)
             member = Member(session.seat, name, session.applied, contributes=note.contributes)
             state.members[session.seat] = member
             known = answers.get(note.key)
-            if known is not None and known.grad.step == session.applied - 1:
-                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
+            if known is not None and known.taken.step == session.applied - 1:
+                member.hiddens, member.taken = {known.taken.step: dict(known.hiddens)}, known.taken
         if state.members and gathered and state.phase is Phase.GATHERING:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
             names = ", ".join(member.name for member in state.members.values())
             self._journal.log(f"waiting for {names} to come back")
         self._groups.settle()
 
-    def take_in(self, note: MemberNote, group: int) -> None:
-        """Seat an edge whose replica is no more in another group, which takes steps again if it is closing a round."""
+    def take_in(self, note: MemberNote, answered: Sequence[Answered], group: int) -> None:
+        """Seat an edge whose replica is no more in another group, which takes steps again if it is closing a round.
+
+        `answered`: what edges of that replica may not have heard.
+        """
         self._groups.decide(ev.RoundReopened(steps=True), group)
-        self.restore([note], (), True, group)
+        self.restore([note], answered, True, group)
 
     def pinned(self) -> set[int]:
         """Adapter versions that generations use, or may come back for after a restart of this hub."""

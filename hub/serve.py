@@ -71,6 +71,9 @@ class Options:
     target_modules: tuple[str, ...]
     grace_s: float
     checkpoint_s: float
+    quorum: int | None
+    deadline_s: float | None
+    recompute: bool
     join_file: Path | None
     headless: bool
     seed: int
@@ -153,7 +156,7 @@ def _assemble_there(
         journal.log(warning)
     replicas = options.replicas or 1
     parts, versions = _parts(state, point, initial, library.layers, replicas)
-    settings = _settings(recipe, spec, dtype, device, here=cluster is None)
+    settings = _settings(recipe, spec, dtype, device, cluster is None, options.recompute)
     engines = _engines(cluster, files, library, settings, parts[:replicas], versions, journal)
     if point is not None:
         step = sum(part.hub_step for part in parts)
@@ -183,11 +186,12 @@ def _assemble_there(
             library=library,
             engines=engines,
             keeper=keeper,
-            states=_states(recipe, parts, replicas),
+            states=_states(recipe, parts, replicas, options.quorum or 0),
             desk=desk,
             journal=journal,
             grace_s=options.grace_s,
             checkpoint_s=options.checkpoint_s,
+            deadline_s=options.deadline_s or 0.0,
             check_gate=gate.check,
         )
         if point is not None:
@@ -248,8 +252,8 @@ def _parts(
     return [*saved, *new], served
 
 
-def _states(recipe: Recipe, parts: Sequence[Checkpoint], replicas: int) -> list[State]:
-    like = State(recipe.cohort, recipe.round_steps, recipe.rounds, joint=replicas > 1)
+def _states(recipe: Recipe, parts: Sequence[Checkpoint], replicas: int, quorum: int) -> list[State]:
+    like = State(recipe.cohort, recipe.round_steps, recipe.rounds, quorum, joint=replicas > 1)
     return [state_at(part, like) for part in parts[:replicas]]
 
 
@@ -272,8 +276,10 @@ def _engines(
         engine = load_engine(files, library.layers, settings, journal)
         stand(engine, parts[0], versions)
         return [engine]
-    dtype = str(settings.dtype).removeprefix("torch.")
-    plan = Plan(files.name, library.hash, settings.spec, settings.schedule, dtype, settings.device.type, 1, 0)
+    plan = Plan(
+        files.name, library.hash, settings.spec, settings.schedule, str(settings.dtype).removeprefix("torch."),
+        settings.device.type, share=1, threads=0, recompute=settings.recompute,
+    )  # fmt: skip
     return list(start_replicas(cluster, plan, parts, versions, journal))
 
 
@@ -293,9 +299,11 @@ def _recipe(options: Options, spec: LoraSpec) -> Recipe:
     )
 
 
-def _settings(recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device, here: bool) -> EngineSettings:
+def _settings(
+    recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device, here: bool, recompute: bool
+) -> EngineSettings:
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
-    return EngineSettings(spec, schedule, dtype, device, kv_bytes(device) if here else 0)
+    return EngineSettings(spec, schedule, dtype, device, kv_bytes(device) if here else 0, recompute)
 
 
 def _check_state(state: HubState, model_hash: str, recipe: Recipe) -> None:

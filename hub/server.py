@@ -71,6 +71,7 @@ class Server:
         journal: Journal,
         grace_s: float,
         checkpoint_s: float,
+        deadline_s: float,
         check_gate: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -94,6 +95,7 @@ class Server:
             self._sessions, self._groups, state.access, desk, self._door, self._ledger, journal, grace_s, clock
         )
         self._admission = Admission(self._post, desk.credits, self._sessions, self._groups.members, self._seating.close)
+        self._deadline_s = deadline_s
         self._stopping = threading.Event()
         self._tick_at = clock()
         self._seen_at = clock() + _SEEN_S
@@ -132,7 +134,8 @@ class Server:
 
     def _main_loop(self) -> None:
         while not self._stopping.is_set() and self._computing.failure is None:
-            wait = _PARKED_S if self._post.waiting else max(min(self._tick_at, self._look_at) - self._clock(), 0.0)
+            next_at = min(self._tick_at, self._look_at, self._groups.next_deadline)
+            wait = _PARKED_S if self._post.waiting else max(next_at - self._clock(), 0.0)
             arrivals = self._transport.poll(wait)
             for arrival in arrivals:
                 self._arrived(arrival)
@@ -143,6 +146,7 @@ class Server:
                 self._post.send_parked()
             elif arrivals:
                 self._transport.rest(self._lull.rest_s(len(self._sessions)))
+            self._groups.pass_deadlines(self._clock())
             if self._clock() >= self._look_at:
                 self._look_at = self._clock() + WATCH_S
                 self._guard.look()
@@ -276,7 +280,7 @@ class Server:
                     self._seating.restore(members, answered, gathered, number)
                     continue
                 for note in members:
-                    self._seating.take_in(note, self._groups.place(self._sessions, True))
+                    self._seating.take_in(note, answered, self._groups.place(self._sessions, True))
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)
@@ -292,7 +296,9 @@ class Server:
                 case act.Note():
                     self._journal.log(action.text)
                 case act.Refuse():
-                    self._reply(action.session, action.request, error(action.code, action.text))
+                    self._reply(action.session, action.request, error(action.code, action.text, action.detail))
+                case act.StartDeadline():
+                    group.deadline = (self._clock() + self._deadline_s, action.gathering)
                 case act.AnswerForward():
                     self._reply(action.session, action.request, self._desk.hidden(action))
                 case act.AnswerBackward():

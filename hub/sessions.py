@@ -48,8 +48,8 @@ class Session:
     routes: dict[int, tuple[Route, int]] = field(default_factory=dict)
     #: steps that B's optimizer has applied
     applied: int = 0
-    #: steps of which the forward was asked for; below this it is asked again
-    forwarded: int = 0
+    #: step and micro-batch whose forward was not asked for yet; below this it is asked again
+    forwarded: tuple[int, int] = (0, 0)
     #: the group whose replica serves it
     group: int = 0
 

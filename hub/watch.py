@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from hub.scheduler.plan import lacking_gradient, lacking_smashed
 from hub.scheduler.state import Phase, State
 from hub.sessions import Session
 from messaging.console import Journal
@@ -87,10 +88,11 @@ def laggards(state: State) -> tuple[str, ...]:
     active = state.active
     match state.phase:
         case Phase.FORWARD:
-            here, asked = [m for m in active if m.smashed is not None], active
-        case Phase.BACKWARD:
+            here, asked = [m for m in active if 0 in m.smashed], active
+        case Phase.STEPPING:
+            lacking = {m.session for m in (*lacking_gradient(state), *lacking_smashed(state))}
             asked = [m for m in active if m.inside is not None]
-            here = [m for m in asked if m.gradient is not None]
+            here = [m for m in asked if m.session not in lacking]
         case Phase.CLOSING:
             asked = [m for m in state.members.values() if m.contributes]
             here = [m for m in asked if m.upload is not None]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from hub.engine import Engine
-from hub.jobs import StepItem
+from hub.jobs import InferItem, StepItem
 from hub.keeper import Failure, Keeper, Progress, RoundMerged, standing_of
 from hub.replicas.errors import ReplicaLost
 from hub.replicas.remote import RemoteEngine
@@ -128,11 +128,12 @@ class Worker:
             case act.RunForward():
                 return self._forward(action, progress)
             case act.RunBackward():
-                return ev.BackwardDone(self.engine.step_backward(action.gradients))
+                return ev.BackwardDone(self.engine.step_backward(action.gradients, action.micro))
+            case act.ApplyStep():
+                self.engine.apply_step(action.sessions)
+                return ev.StepApplied(action.sessions)
             case act.RunInfer():
-                outcomes = self.engine.infer([item for _, _, item in action.requests])  # type: ignore[misc]
-                pairs = zip(action.requests, outcomes, strict=True)
-                return ev.InferDone(tuple((session, request, outcome) for (session, request, _), outcome in pairs))
+                return self._infer(action)
             case act.CloseRound():
                 self._keeper.deposit(self._group, self.engine.standing(), progress)
                 return Deposited()
@@ -148,8 +149,15 @@ class Worker:
         if action.checkpoint:
             self._keeper.save(self._group, self.engine.standing(), progress)
         items = [item for _, item in action.payloads if isinstance(item, StepItem)]
-        answers = self.engine.step_forward(items)
+        answers = self.engine.step_forward(items, action.micro)
         return ev.ForwardDone(answers, {item.session: item.digest() for item in items})
+
+    def _infer(self, action: act.RunInfer) -> ev.Event:
+        items = [item for _, _, item in action.requests if isinstance(item, InferItem)]
+        upto = {i: action.upto[at[:2]] for i, at in enumerate(action.requests) if at[:2] in action.upto}
+        outcomes = self.engine.infer(items, upto)
+        pairs = zip(action.requests, outcomes, strict=True)
+        return ev.InferDone(tuple((at[0], at[1], answer) for at, answer in pairs if answer is not None))
 
 
 def bring_up(engine: RemoteEngine, part: Checkpoint, versions: Versions) -> None:

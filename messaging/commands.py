@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -53,6 +54,9 @@ def terminable() -> Iterator[None]:
 def quiet_libraries() -> None:
     """No advice and no telemetry from the libraries in the middle of our screen; set before they are imported."""
     warnings.simplefilter("ignore", FutureWarning)
+    # torchao, where it is installed: kernels for other machines, and what torch has to tell its authors
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from messaging.sockets import Context, Socket
+from messaging.sockets import Context, Socket, readable
 from messaging.transport import Channel
 
 _EVENT = struct.Struct("=HI")
@@ -165,11 +165,8 @@ class Connections:
 
     def refresh(self, now: float) -> None:
         """Learn who came and went. `now` is noted as the time of those who came."""
-        while True:
-            try:
-                event, *_ = self._monitor.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
+        while readable(self._monitor):
+            event, *_ = self._monitor.recv_multipart()
             kind, fd = _EVENT.unpack(event)
             gone = self._by_fd.pop(fd, None)
             if gone is not None:

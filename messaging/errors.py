@@ -88,11 +88,15 @@ class ErrorCode(IntEnum):
     LATER = 22
 
 
+#: The detail of a BEHIND that says: no more steps in this round, its adapter is wanted.
+ROUND_CLOSES = 1
+
+
 class HubError(FedseaError):
     """The hub answered a request with an `Error` message.
 
     `code` says why; `detail` is one integer whose meaning depends on the code (for CACHE_MISS the
-    number of positions that the hub still holds).
+    number of positions that the hub still holds, for BEHIND perhaps ROUND_CLOSES).
     """
 
     def __init__(self, code: ErrorCode, text: str, detail: int = 0) -> None:

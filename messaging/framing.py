@@ -29,6 +29,7 @@ from messaging.messages import (
     Envelope,
     Packet,
     Tensor,
+    nbytes_of,
 )
 from messaging.schema import message_schemas, schema_of
 from messaging.transport import Buffer
@@ -50,7 +51,7 @@ _DEPTH = 3
 _ARRAY_HEADS = frozenset(bytes([code]) for code in (*range(0x90, 0xA0), 0xDC, 0xDD))
 #: A header with more bytes of these values than this may be made of arrays of arrays.
 _MANY_ARRAYS = 8
-_DTYPE_OF_CODE = {code: (name, size) for name, (code, size) in DTYPES.items()}
+_DTYPE_OF_CODE = {code: name for name, (code, _) in DTYPES.items()}
 
 
 # --- packet to frames ------------------------------------------------------------------------
@@ -223,11 +224,11 @@ def _description(description: object, where: str) -> tuple[str, tuple[int, ...],
     code, *shape = description
     if type(code) is not int or code not in _DTYPE_OF_CODE:
         raise ProtocolError(f"{where}: no such dtype")
-    dtype, nbytes = _DTYPE_OF_CODE[code]
+    dtype = _DTYPE_OF_CODE[code]
     for size in shape:
         if type(size) is not int or not 0 <= size <= MAX_TENSOR_BYTES:
             raise ProtocolError(f"{where}: a size that is no size")
-        nbytes *= size
+    nbytes = nbytes_of(dtype, tuple(shape))
     if nbytes > MAX_TENSOR_BYTES:
         raise ProtocolError(f"{where}: {nbytes} bytes, at most {MAX_TENSOR_BYTES}")
     return dtype, tuple(shape), nbytes

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 #: Request ids from here on are not numbered in order: those requests may be repeated without harm.
 UNORDERED_BASE = 1 << 31
@@ -40,6 +40,10 @@ Key = Annotated[str, Limit(40)]
 Count = Annotated[int, Limit((1 << 53) - 1)]
 Signed = Annotated[int, Limit((1 << 53) - 1, -1)]
 Flag = Annotated[int, Limit(1)]
+#: The most micro-batches that a step may have: each is a graph that the hub holds.
+MOST_MICRO_BATCHES = 16
+Micro = Annotated[int, Limit(MOST_MICRO_BATCHES - 1)]
+Micros = Annotated[int, Limit(MOST_MICRO_BATCHES)]
 #: Integers that describe the rows of a batch; see `blocks.layout`.
 Layout = Annotated[tuple[int, ...], Limit(4096)]
 Names = Annotated[tuple[str, ...], Limit(64)]
@@ -49,7 +53,8 @@ Names = Annotated[tuple[str, ...], Limit(64)]
 class Tensor:
     """A tensor as bytes: dtype name from `DTYPES`, shape, little-endian data in C order.
 
-    `chunks` holds the data as one or more buffers whose lengths add up to `nbytes`.
+    `chunks` holds the data as one or more buffers whose lengths add up to `nbytes`. In `q8` each row of the last
+    axis stands as its scales (bf16, one for every `q8_group` values), then its values (int8): value = scale * int8.
     """
 
     dtype: str
@@ -59,14 +64,30 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """The number of bytes that dtype and shape ask for."""
-        total = DTYPES[self.dtype][1]
-        for size in self.shape:
-            total *= size
-        return total
+        return nbytes_of(self.dtype, self.shape)
 
 
-#: dtype name -> (code in the header, bytes per element)
-DTYPES: dict[str, tuple[int, int]] = {"f32": (1, 4), "f16": (2, 2), "bf16": (3, 2), "u8": (4, 1), "i32": (5, 4)}
+#: dtype name -> (code in the header, bytes per element; those of q8 without its scales)
+DTYPES: dict[str, tuple[int, int]] = {
+    "f32": (1, 4), "f16": (2, 2), "bf16": (3, 2), "u8": (4, 1), "i32": (5, 4), "q8": (6, 1)
+}  # fmt: skip
+
+
+def q8_group(width: int) -> int:
+    """How many values of a row of `width` share one scale: 128, or more where a row would have over 8 scales."""
+    return max(128, -(-width // 8))
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor of this dtype (of DTYPES) and shape."""
+    total = DTYPES[dtype][1]
+    for size in shape:
+        total *= size
+    if dtype == "q8":
+        width = shape[-1] if shape else 1
+        scales = -(-width // q8_group(width))
+        total += total // width * 2 * scales if width else 0
+    return total
 
 
 @dataclass(frozen=True)
@@ -307,7 +328,8 @@ class Bye(Message):
 
 @dataclass(frozen=True)
 class StepForward(Message):
-    """E: smashed [batch, seq, hidden] of step `step`, with `tokens` target tokens behind it."""
+    """E: smashed [batch, seq, hidden] of micro-batch `micro` of `micros` of step `step`, with `tokens` target tokens
+    behind it. The step counts when all of its micro-batches went forward and backward."""
 
     kind: ClassVar[int] = 13
     ordered: ClassVar[bool] = True
@@ -315,15 +337,18 @@ class StepForward(Message):
     tokens: Count
     layout: Layout
     smashed: Tensor
+    micro: Micro = 0
+    micros: Micros = 1
 
 
 @dataclass(frozen=True)
 class StepHidden(Message):
-    """H: hidden [batch, seq, hidden] of that step."""
+    """H: hidden [batch, seq, hidden] of that micro-batch."""
 
     kind: ClassVar[int] = 14
     step: Count
     hidden: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)
@@ -334,13 +359,15 @@ class StepBackward(Message):
     ordered: ClassVar[bool] = True
     step: Count
     grad_hidden: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)
 class StepGrad(Message):
-    """H: gradient with respect to smashed. `round_closes` 1: upload the adapter now; `hub_step` counts
-    the optimizer steps of B. `checkpoint`: a hub that dies goes back to so many steps of this edge, or to
-    what it said before, so the edge keeps what it had then."""
+    """H: gradient with respect to smashed. That of the last micro-batch comes when the step is applied, and what it
+    tells besides holds from then on: `round_closes` 1: upload the adapter now; `hub_step` counts the optimizer
+    steps of B. `checkpoint`: a hub that dies goes back to so many steps of this edge, or to what it said before, so
+    the edge keeps what it had then."""
 
     kind: ClassVar[int] = 16
     step: Count
@@ -348,6 +375,7 @@ class StepGrad(Message):
     round_closes: Flag
     checkpoint: Count
     grad_smashed: Tensor
+    micro: Micro = 0
 
 
 @dataclass(frozen=True)

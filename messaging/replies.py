@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from messaging.messages import UNORDERED_BASE
 from messaging.transport import Buffer
 
-MOST_REPLIES = 4
+#: All that a step of the most micro-batches can have under way, forwards and backwards, and some.
+MOST_REPLIES = 40
 MOST_BYTES = 64 << 20
 
 

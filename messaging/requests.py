@@ -300,7 +300,9 @@ class Requests:
 
     def next_event(self) -> float:
         """The time at which `due` or `expired` may have something, if nothing comes before; inf for never."""
-        times = [self._alive_at + self.give_up_s] if self._table else []
+        if not self._table:
+            return math.inf
+        times = [self._alive_at + self.give_up_s]
         times += [request.deadline for request in self._table.values()]
         for channel in self._lanes:
             times += [at for _, at in self._candidates(channel)]

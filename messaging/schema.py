@@ -97,7 +97,7 @@ def _integer(where: str, limit: Limit) -> tuple[Convert, Convert]:
 
     def write(value: object) -> int:
         # An IntEnum or a bool of our own code becomes the plain integer that the other side wants.
-        return read(int(value) if isinstance(value, int) else value)
+        return read(int(value) if type(value) is not int and isinstance(value, int) else value)
 
     return read, write
 

@@ -39,6 +39,8 @@ class Family:
     tied: bool = False
     #: Whether the head's output is scaled, which makes one more tensor as large as the logits.
     scaled_logits: bool = False
+    #: Linear layers kept as transformers' Conv1D, which are not quantized.
+    conv1d: bool = False
     #: Attention with a softcap, which keeps the whole score matrix.
     keeps_scores: bool = False
 
@@ -54,7 +56,7 @@ FAMILIES = {
     "gemma2": Family(norms=4, tied=True, keeps_scores=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
     "glm4": Family(norms=4, fused_gate=True, qkv_bias=True),
-    "gpt2": replace(GPT, fused_qkv=True, extra_positions=0, rotary=False, tied=True),
+    "gpt2": replace(GPT, fused_qkv=True, extra_positions=0, rotary=False, tied=True, conv1d=True),
     "gpt_neox": replace(GPT, fused_qkv=True),
     "gptj": replace(GPT, qkv_bias=False, out_bias=False, norms=1, head_bias=True),
     "granite": Family(scaled_logits=True),

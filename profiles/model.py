@@ -30,6 +30,8 @@ class ModelShape:
 
     The counts are parameters: `layer_params` layer by layer, `embed_params` with positions and the norm after the
     embedding, `head_params` with the final norm and, where the head is not the embedding (`tied`), the head.
+    `layer_linears`: those of `layer_params` that are weights of plain linear layers, which can be quantized;
+    `head_linears`: the same of `head_params`.
     `adapted` are the linears of one layer that get a LoRA adapter, each as (inputs, outputs).
     `active_share` is the part of a layer's weights that one token uses (below 1 for mixtures of experts).
     Who knows the real counts (from the model on the meta device, or its files) replaces these with
@@ -45,6 +47,8 @@ class ModelShape:
     vocab: int
     tied: bool
     layer_params: tuple[int, ...]
+    layer_linears: tuple[int, ...]
+    head_linears: int
     embed_params: int
     head_params: int
     adapted: tuple[tuple[int, int], ...]
@@ -102,6 +106,9 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
         vocab=_size(config, "vocab"),
         tied=tied,
         layer_params=(layer,) * layers,
+        layer_linears=(0 if family.conv1d else _params(attention if experts else attention + mlp, False, False),)
+        * layers,
+        head_linears=0 if tied else _size(config, "vocab") * hidden,
         embed_params=_embed_params(config, family, hidden),
         head_params=_head_params(config, family, hidden, tied),
         adapted=attention if experts else attention + mlp,

@@ -2,8 +2,10 @@
 
 1. The dtype is the workload's; "auto" is the fastest that the machine has a figure for, in doubt float32.
 2. p and q are at least their floors (privacy asks for the one on p), and the hub keeps at least one layer.
+   Linear layers are quantized only where the workload says so: it costs time and a little quality.
 3. A partition fits when its predicted peak is at most 85% of the machine's free memory. Where a whole batch does
-   not fit, the batch is split into as few micro-batches as do, down to one row each.
+   not fit, the batch is split into as few micro-batches as do, down to one row each, with as many of them under way
+   at a time as fit.
 4. Among the partitions that fit: the least predicted step time, ties to the larger p, then to the smaller q.
 5. Where none fits, PlanError says what the smallest one needs, what there is, and what to do.
 """
@@ -18,7 +20,7 @@ from profiles.machine import Machine
 from profiles.memory import MemoryPrediction, predict_memory
 from profiles.model import ModelShape
 from profiles.steptime import UNKNOWN_HUB_SPEEDUP, step_bytes, step_seconds
-from profiles.workload import DTYPE_BYTES, Link, Workload
+from profiles.workload import DTYPE_BYTES, QUANTIZED_BYTES, Link, Workload
 
 #: The share of free memory that a plan may use.
 USABLE_SHARE = 0.85
@@ -29,15 +31,21 @@ TIE = 1e-9
 
 @dataclass(frozen=True)
 class Plan:
-    """Partition p:q and what it is predicted to cost: bytes, seconds, bytes on the link, each for one step."""
+    """Partition p:q and what it is predicted to cost: bytes, seconds, bytes on the link, each for one step.
+
+    bits: of the edge's linear layers; None where they have the dtype.
+    """
 
     p: int
     q: int
     dtype: str
     micro_batches: int
+    #: micro-batches that may be between their forward in A and their backward there, at a time
+    under_way: int
     memory: MemoryPrediction
     step_time_s: float
     bytes_per_step: int
+    bits: int | None = None
     reasons: tuple[str, ...] = ()
 
     @property
@@ -69,9 +77,10 @@ class _Task:
     def fit(self, p: int, q: int) -> Plan | None:
         """Rule 3: p:q with as few micro-batches as fit; None where not even single rows do."""
         for micro_batches in range(1, self.workload.batch + 1):
-            memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches)
-            if memory.total <= usable_bytes(self.machine):
-                return self._plan(p, q, micro_batches, memory)
+            for under_way in range(micro_batches, 0, -1):
+                memory = predict_memory(self.model, p, q, self.workload, self.machine.device, micro_batches, under_way)
+                if memory.total <= usable_bytes(self.machine):
+                    return self._plan(p, q, micro_batches, under_way, memory)
         return None
 
     def fitting(self, p_floor: int, q_floor: int) -> Iterator[Plan]:
@@ -83,16 +92,18 @@ class _Task:
                     break
                 yield candidate
 
-    def _plan(self, p: int, q: int, micro_batches: int, memory: MemoryPrediction) -> Plan:
+    def _plan(self, p: int, q: int, micro_batches: int, under_way: int, memory: MemoryPrediction) -> Plan:
         seconds = step_seconds(self.model, self.machine, self.hub, self.link, self.workload, p + q, micro_batches)
         return Plan(
             p=p,
             q=q,
             dtype=self.workload.dtype,
             micro_batches=micro_batches,
+            under_way=under_way,
             memory=memory,
             step_time_s=seconds,
             bytes_per_step=step_bytes(self.model, self.workload),
+            bits=self.workload.bits,
         )
 
 
@@ -159,6 +170,7 @@ def _refusal(task: _Task, p: int, q: int) -> str:
     memory = predict_memory(task.model, p, q, workload, machine.device, micro_batches=workload.batch)
     largest = sorted(memory.parts().items(), key=lambda part: part[1], reverse=True)[:3]
     advice = ["close other programs"]
+    advice += _fewer_bits(task, p, q)
     if memory.weights < memory.total / 2:
         advice.append(f"use a shorter sequence than {workload.seq}")
     if workload.dtype == "float32":
@@ -174,6 +186,15 @@ def _refusal(task: _Task, p: int, q: int) -> str:
     )
 
 
+def _fewer_bits(task: _Task, p: int, q: int) -> list[str]:
+    """With which bits p:q would fit: the most that do."""
+    for bits in sorted(QUANTIZED_BYTES, reverse=True):
+        smaller = replace(task, workload=replace(task.workload, bits=bits))
+        if bits < (task.workload.bits or 16) and smaller.fit(p, q) is not None:
+            return [f"hold the weights in {bits} bits (--load-in {bits}bit): then it fits"]
+    return []
+
+
 def _hub_speed(hub: Machine | None) -> str:
     if hub is None:
         return f"the hub is taken to be {UNKNOWN_HUB_SPEEDUP:g} times as fast as this machine"
@@ -186,6 +207,8 @@ def _reasons(chosen: Plan, task: _Task) -> tuple[str, ...]:
         f"it needs {_gib(chosen.memory.total)} of the {_gib(usable_bytes(task.machine))} that it may use "
         f"on {task.machine.name}"
     ]
+    if chosen.bits:
+        reasons.append(f"with linear layers in {chosen.bits} bits: {_gib(chosen.memory.weights)} of weights")
     if chosen.micro_batches > 1:
         reasons.append(f"a batch of {task.workload.batch} goes through in {chosen.micro_batches} parts, to fit")
     return tuple(reasons)

@@ -80,6 +80,10 @@ def test_folder_without_a_model(run: Run, tmp_path: Path) -> None:
         (("--listen", "tcp://192.0.2.1:0"), "--listen"),
         (("--lr", 0), "--lr"),
         (("--target-modules", "nonsense"), "nonsense"),
+        (("--cohort", 2, "--quorum", 1), "--deadline"),
+        (("--cohort", 2, "--deadline", 5), "--quorum"),
+        (("--cohort", 2, "--quorum", 3, "--deadline", 5), "at most"),
+        (("--cohort", 2, "--quorum", 1, "--deadline", "inf"), "--deadline inf"),
     ],
 )
 def test_bad_options_of_serve(run: Run, tmp_path: Path, options: tuple[object, ...], named: str) -> None:
@@ -208,6 +212,7 @@ def test_bad_data(run: Run, member: Path, tmp_path: Path, name: str, content: st
         (("--model", "nowhere/none"), "nowhere/none"),
         (("--device", "abacus"), "abacus"),
         (("--lr", 0), "--lr"),
+        (("--wire", "int4"), "--wire must be one of fp32, bf16, fp16, int8, not int4"),
     ],
 )
 def test_bad_options_of_join(run: Run, member: Path, notes: Path, options: tuple[object, ...], named: str) -> None:

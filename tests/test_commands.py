@@ -181,6 +181,24 @@ def test_edge_that_was_silent_for_longer_than_its_grace_takes_part_again(program
 
 
 @pytest.mark.slow
+def test_with_a_quorum_nobody_waits_for_an_edge_that_stands_still(programs: Programs, notes: Path) -> None:
+    options = ("--cohort", 2, "--rounds", 2, "--round-steps", 30, "--quorum", 1, "--deadline", 0.2, "--recompute")
+    hub = programs.serve(*options)
+    pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1")
+    other = programs.edge(hub, "other", notes, "--partition", "1:1")
+    hub.until(lambda live: live["hub_step"] >= 3, "three steps")
+    pausing.signal(signal.SIGSTOP)
+    at = hub.status()["live"]["hub_step"]
+    hub.until(lambda live: live["hub_step"] >= at + 3, "steps without it")
+    pausing.signal(signal.SIGCONT)
+    finish(pausing, other)
+    assert "is silent" not in hub.process.out
+    assert "is lost" not in pausing.out
+    taken = [report(programs, name)["steps"] for name in ("pausing", "other")]
+    assert 1 <= min(taken) <= max(taken) <= 60
+
+
+@pytest.mark.slow
 def test_edge_that_joins_late_takes_part(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--rounds", 4, "--round-steps", 10)
     first = programs.edge(hub, "first", notes, "--partition", "1:1")

@@ -185,6 +185,13 @@ def test_generation_is_the_same_for_a_join_string_and_a_new_state(trained: Train
         assert greedy(model, PROMPT, 8) == greedy(unsplit, PROMPT, 8)
 
 
+def test_an_edges_weights_lie_as_decoding_wants_them(trained: Trained) -> None:
+    with trained.model() as model:
+        head = model.get_output_embeddings()
+        assert head.weight.stride() == (1, head.out_features)
+        assert model.model.layers[0].mlp.up_proj.base_layer.weight.stride()[0] == 1
+
+
 def test_noise_changes_what_leaves_and_its_size_is_told(trained: Trained) -> None:
     held_out = trained.held_out["clinic"]
     with trained.model() as clear, trained.model(noise=20.0) as noisy:

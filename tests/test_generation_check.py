@@ -39,14 +39,43 @@ def test_text_is_that_of_the_unsplit_model(hub: Hub, module_programs: Programs, 
         "--max-new-tokens", new, "--json", installed=not prompt,
     )  # fmt: skip
     answer = done.json
-    assert set(answer) == {"text", "tokens", "tokens_per_s", "bytes_sent", "bytes_received", "round_trips"}
+    counts = {"bytes_sent", "bytes_received", "round_trips", "drafted", "accepted"}
+    assert set(answer) == {"text", "tokens", "tokens_per_s", *counts}
     assert prompt + answer["text"] == recorded()[prompt]
     assert len(answer["tokens"]) == new
-    assert answer["round_trips"] == new
+    assert answer["round_trips"] == new - answer["accepted"]
+    assert answer["drafted"] >= answer["accepted"]
     assert answer["tokens_per_s"] > 0
-    # The prompt crosses once, and then one position a token.
+    # The prompt crosses once, and then one position a round trip and one for each guess.
+    positions = answer["round_trips"] + answer["drafted"]
     for count in (answer["bytes_sent"], answer["bytes_received"]):
-        assert new * HIDDEN_BYTES < count < (new + 32) * (HIDDEN_BYTES + 192)
+        assert positions * HIDDEN_BYTES < count < (positions + 32) * (HIDDEN_BYTES + 192)
+
+
+def test_without_drafting_each_token_is_a_round_trip(hub: Hub, module_programs: Programs) -> None:
+    prompt = "One day, a boy found a"
+    state = module_programs.folder / "edge"
+    arguments = ("generate", hub.join, "--state", state, "--noise", 0, "--prompt", prompt, "--max-new-tokens", 60)
+    answer = module_programs.run("edge", *arguments, "--draft", "off", "--json").json
+    assert recorded()[prompt].startswith(prompt + answer["text"])
+    assert (answer["round_trips"], answer["drafted"], answer["accepted"]) == (60, 0, 0)
+
+
+def test_a_draft_model_writes_the_same_in_fewer_round_trips(hub: Hub, module_programs: Programs) -> None:
+    """The best draft model there is: the model itself."""
+    prompt = "One day, a boy found a"
+    state = module_programs.folder / "edge"
+    arguments = ("generate", hub.join, "--state", state, "--noise", 0, "--prompt", prompt, "--max-new-tokens", 60)
+    answer = module_programs.run("edge", *arguments, "--draft", MODEL, "--json").json
+    assert recorded()[prompt].startswith(prompt + answer["text"])
+    assert answer["round_trips"] == 60 - answer["accepted"]
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(hub: Hub, module_programs: Programs) -> None:
+    pocket = Path(__file__).parents[1] / "hub" / "pocket"
+    state = module_programs.folder / "edge"
+    done = module_programs.run("edge", "generate", hub.join, "--state", state, "--draft", pocket, code=2)
+    assert "another tokenizer" in done.err
 
 
 def test_without_json_the_whole_text_is_printed(hub: Hub, module_programs: Programs) -> None:

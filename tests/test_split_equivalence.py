@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from blocks import adapters
 from blocks.adapters import Adapter
 from blocks.partition import Partition
-from blocks.remote import remote_of
 from blocks.surgery import CutModel
 from hub.aggregate import Contribution, weighted_mean
 from hub.engine import Engine
@@ -288,7 +287,6 @@ def test_training_and_inference_of_one_model_do_not_mix() -> None:
         other.edge.step(batch)
         with torch.no_grad():
             summed_loss(side.edge.cut.model, batch)
-        remote_of(side.edge.cut).learning = False
         summed_loss(side.edge.cut.model, batch)
     assert len(middle_of(side.edge.cut).layouts) == 4
     assert all(torch.equal(side.adapter[name], other.adapter[name]) for name in side.adapter)

@@ -18,21 +18,29 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig
 
+import messaging.messages as m
 from blocks import adapters
 from blocks.codec import from_wire, to_wire
 from blocks.layout import Layout
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.partition import Partition
+from blocks.quantize import parse_bits
 from blocks.remote import build_edge, remote_of
-from blocks.surgery import CutModel, build_whole, load
+from blocks.surgery import CutModel, build_whole, load, store_by_columns
 from blocks.weights import TensorInfo
+from edge.allocator import keep_large_tensors_apart
+from edge.data import Batch
+from edge.middle import HubMiddle, Part
+from edge.noise import GaussianNoise
+from edge.pipeline import Pipeline
 from profiles.memory import MemoryPrediction, predict_memory
 from profiles.model import shape_from_config
 from profiles.workload import Workload
@@ -40,19 +48,22 @@ from profiles.workload import Workload
 STEPS = 6
 LORA_RANK = 8
 MIB = 2**20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: A prediction within this much of the measured peak, relatively, meets the target.
 TARGET = 0.15
 
 
 @dataclass(frozen=True)
 class Model:
-    """A random model in float32, its batch, and the partitions that are measured."""
+    """A random model, its batch, the partitions that are measured, and how the weights are held."""
 
     name: str
     config: dict[str, Any]
     batch: int
     seq: int
     partitions: tuple[tuple[int, int], ...] = ((1, 1), (3, 1), (2, 4))
+    dtype: str = "float32"
+    bits: int | None = None
 
 
 def _sizes(hidden: int, inner: int, vocab: int, heads: int = 8, **others: Any) -> dict[str, Any]:
@@ -74,6 +85,7 @@ def _gpt2(hidden: int, vocab: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "n_embd": hidden, "n_head": 8, "vocab_size": vocab}
 
 
+_BILLION = {"model_type": "llama", **_sizes(2048, 5632, 32000, 32, num_key_value_heads=4)}
 HELD_OUT = [
     Model("qwen3", {"model_type": "qwen3", **_sizes(640, 1728, 24000, 10, num_key_value_heads=2, head_dim=64)}, 4, 160),
     Model("mistral", {"model_type": "mistral", **_sizes(896, 2432, 12000, 14, num_key_value_heads=2)}, 2, 256),
@@ -96,6 +108,9 @@ CALIBRATION = [
     }.items()
     for batch, seq in ((2, 64), (4, 160))
 ]
+
+#: 1.1 billion parameters, as a hub would serve them and in fewer bits.
+BILLION = [Model(f"billion {bits or 16} bit", _BILLION, 1, 512, ((1, 1),), "bfloat16", bits) for bits in (None, 8, 4)]
 
 
 class RandomWeights:
@@ -120,13 +135,17 @@ class RandomWeights:
 class Echo:
     """Blocks B that answer with what they get, through the wire's own code; nothing else is on the edge."""
 
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """See blocks.remote.Middle."""
-        return self._answer(smashed)
+    def send_smashed(self, part: Part, smashed: torch.Tensor, layout: Layout) -> Future[m.AnyMessage]:
+        """See edge.middle.HubMiddle."""
+        return _answered(m.StepHidden(part.step, _there_and_back(smashed.detach()), part.micro))
 
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        """See blocks.remote.Middle."""
-        return self._answer(grad_hidden)
+    def send_gradient(self, part: Part, gradient: torch.Tensor) -> Future[m.AnyMessage]:
+        """See edge.middle.HubMiddle."""
+        return _answered(m.StepGrad(part.step, 0, 0, 0, _there_and_back(gradient), part.micro))
+
+    def may_be_under_way(self, smashed: torch.Tensor) -> int:
+        """See edge.middle.HubMiddle."""
+        return m.MOST_MICRO_BATCHES
 
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         """See blocks.remote.Middle."""
@@ -140,19 +159,28 @@ class Echo:
         """See blocks.remote.Middle."""
 
     def _answer(self, tensor: torch.Tensor) -> torch.Tensor:
-        sent = to_wire(tensor)
-        received = replace(sent, chunks=tuple(memoryview(bytes(chunk)) for chunk in sent.chunks))
-        return from_wire(received, dtype=tensor.dtype, shape=tuple(tensor.shape))
+        return from_wire(_there_and_back(tensor), dtype=tensor.dtype, shape=tuple(tensor.shape))
 
 
-def build_edge_half(config: Any, p: int, q: int) -> CutModel:
+def _there_and_back(tensor: torch.Tensor) -> m.Tensor:
+    sent = to_wire(tensor)
+    return replace(sent, chunks=tuple(memoryview(bytes(chunk)) for chunk in sent.chunks))
+
+
+def _answered(message: m.AnyMessage) -> Future[m.AnyMessage]:
+    future: Future[m.AnyMessage] = Future()
+    future.set_result(message)
+    return future
+
+
+def build_edge_half(config: Any, p: int, q: int, dtype: torch.dtype, bits: int | None) -> CutModel:
     """The edge's own half of a random model, adapters included, as `edge join` builds it."""
-    cut = build_edge(config, Partition(p, q), torch.float32)
-    names = dict(build_whole(config, torch.float32)[0].named_parameters())
-    load(cut, RandomWeights(names), torch.float32, torch.device("cpu"))
+    cut = build_edge(config, Partition(p, q), dtype)
+    names = dict(build_whole(config, dtype)[0].named_parameters())
+    load(cut, RandomWeights(names), dtype, torch.device("cpu"), bits)
+    store_by_columns(cut.layers)
     adapters.inject(cut, adapters.make_spec(config, LORA_RANK, alpha=16))
     remote_of(cut).attach(Echo())
-    remote_of(cut).learning = True
     return cut
 
 
@@ -168,27 +196,22 @@ def measure(model: Model, p: int, q: int) -> int:
     """Peak in bytes of one training run, less what the process had after its imports. Run in a fresh process."""
     torch.set_num_threads(1)
     config = _transformers_config(model.config, layers=p + q + 1)
+    keep_large_tensors_apart()
+    if model.bits:
+        parse_bits(f"{model.bits}bit")
     gc.collect()
     before = _status("VmRSS")
     # 5 resets the peak to the present size (proc(5), /proc/pid/clear_refs)
     Path("/proc/self/clear_refs").write_text("5")
-    cut = build_edge_half(config, p, q)
+    cut = build_edge_half(config, p, q, DTYPES[model.dtype], model.bits)
     optimizer = AdapterOptimizer(adapters.parameters(cut), Schedule(1e-4, 0, 1.0, 0.0))
-    for _ in range(STEPS):
+    pipeline = Pipeline(cut, cast(HubMiddle, remote_of(cut).middle), GaussianNoise(0.0, b""), 1)
+    for step in range(STEPS):
         tokens = torch.randint(0, config.vocab_size, (model.batch, model.seq))
-        _summed_loss(cut, tokens).backward()  # type: ignore[no-untyped-call]
-        optimizer.step(tokens.numel())
+        batch = Batch(tokens, tokens, None, None, tokens.numel() - model.batch)
+        pipeline.step(step, [batch], lambda: None)
+        optimizer.step(batch.tokens)
     return _status("VmHWM") - before
-
-
-def _summed_loss(cut: CutModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The loss as edge/trainer.py computes it: the logits are gone when backward begins."""
-    logits = cut.model(input_ids=tokens, use_cache=False).logits
-    one = torch.tensor(1.0)
-    loss: torch.Tensor = cut.model.loss_function(
-        logits=logits, labels=tokens, vocab_size=logits.shape[-1], num_items_in_batch=one
-    )
-    return loss
 
 
 def _status(key: str) -> int:
@@ -200,7 +223,7 @@ def _status(key: str) -> int:
 def predict(model: Model, p: int, q: int) -> MemoryPrediction:
     """What the planner expects of the same run."""
     shape = shape_from_config(_transformers_config(model.config, layers=p + q + 1).to_dict())
-    workload = Workload(model.batch, model.seq, dtype="float32", lora_rank=LORA_RANK)
+    workload = Workload(model.batch, model.seq, model.dtype, lora_rank=LORA_RANK, bits=model.bits)
     return predict_memory(shape, p, q, workload, "cpu")
 
 
@@ -236,7 +259,7 @@ def bench(models: str, runs: int) -> list[dict[str, Any]]:
     return rows
 
 
-MODELS = {"held-out": HELD_OUT, "calibration": CALIBRATION}
+MODELS = {"held-out": HELD_OUT, "calibration": CALIBRATION, "billion": BILLION}
 
 
 def main() -> None:

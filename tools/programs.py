@@ -177,7 +177,7 @@ class Programs:
         join = [] if hub is None else [hub.join]
         return self.start(
             "edge", "join", *join, "--state", self.folder / name, "--name", name, "--data", data,
-            "--noise", 0, "--batch", 2, "--seq", 48, "--headless", *options, **more,
+            "--noise", 0, "--batch", 2, "--micro-batches", 2, "--seq", 48, "--headless", *options, **more,
         )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ class EdgeSnapshot:
     phase: str
     model: str = ""
     partition: str = ""
+    #: The dtype on the wire, if it was chosen; empty for the model's own.
+    wire: str = ""
     cohort_joined: int = 0
     cohort_size: int = 0
     step: int = 0

@@ -76,6 +76,8 @@ def _place(snapshot: EdgeSnapshot, width: int) -> list[Text]:
     lines = row("hub", pieces, width)
     if snapshot.model:
         pieces = [Text(snapshot.model), piece("partition", snapshot.partition or UNKNOWN)]
+        if snapshot.wire:
+            pieces.append(piece("wire", snapshot.wire))
         lines += row("model", pieces, width)
     return lines
 

@@ -17,6 +17,7 @@ from blocks.source import open_model
 from hub.engine import Engine, EngineSettings, Standing
 from hub.jobs import InferItem, StepItem
 from hub.loading import DTYPES, kv_bytes
+from hub.replicas.parted import Rest, forget_parted, note_parted
 from hub.replicas.plain import packed_outcome, unpacked, unpacked_item
 from messaging.errors import FedseaError, InputError
 from messaging.messages import Tensor
@@ -37,6 +38,7 @@ class Plan:
     device: str
     share: int
     threads: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Replica:
     def __init__(self, plan: Plan) -> None:
         #: why it cannot work; None when it can
         self._trouble: str | None = None
+        self._parted: dict[Rest, InferItem] = {}
         try:
             self._engine = _load(plan)
         except FedseaError as error:
@@ -72,29 +75,38 @@ class Replica:
             frozenset(engine.versions), engine.streams, engine.budget.used, engine.budget.most, engine.evicted
         )
 
-    def step_forward(self, items: Sequence[StepItem]) -> tuple[dict[int, object], Figures]:
+    def step_forward(self, items: Sequence[StepItem], micro: int) -> tuple[dict[int, object], Figures]:
         """See Engine."""
-        answers = self._engine.step_forward([unpacked_item(item) for item in items])
+        answers = self._engine.step_forward([unpacked_item(item) for item in items], micro)
         return {session: packed_outcome(answer) for session, answer in answers.items()}, self.figures()
 
-    def step_backward(self, grads: Mapping[int, Tensor]) -> tuple[dict[int, object], Figures]:
+    def step_backward(self, grads: Mapping[int, Tensor], micro: int) -> tuple[dict[int, object], Figures]:
         """See Engine."""
-        answers = self._engine.step_backward({session: unpacked(grad) for session, grad in grads.items()})
+        answers = self._engine.step_backward({session: unpacked(grad) for session, grad in grads.items()}, micro)
         return {session: packed_outcome(answer) for session, answer in answers.items()}, self.figures()
 
-    def infer(self, items: Sequence[InferItem]) -> tuple[list[object], Figures]:
+    def apply_step(self, sessions: Sequence[int]) -> tuple[None, Figures]:
         """See Engine."""
-        answers = self._engine.infer([unpacked_item(item) for item in items])
-        return [packed_outcome(answer) for answer in answers], self.figures()
+        self._engine.apply_step(sessions)
+        return None, self.figures()
+
+    def infer(self, items: Sequence[InferItem | Rest], upto: Mapping[int, int]) -> tuple[list[object], Figures]:
+        """See Engine, which goes on with an item that is the very same: so `Rest` stands for one that is here."""
+        here = [self._parted[item] if isinstance(item, Rest) else unpacked_item(item) for item in items]
+        answers = self._engine.infer(here, upto)
+        note_parted(self._parted, here, answers)
+        return [None if answer is None else packed_outcome(answer) for answer in answers], self.figures()
 
     def close_stream(self, session: int, stream: int) -> tuple[None, Figures]:
         """See Engine."""
         self._engine.close_stream(session, stream)
+        forget_parted(self._parted, session, stream)
         return None, self.figures()
 
     def close_session(self, session: int) -> tuple[None, Figures]:
         """See Engine."""
         self._engine.close_session(session)
+        forget_parted(self._parted, session)
         return None, self.figures()
 
     def standing(self) -> tuple[Standing, Figures]:
@@ -127,5 +139,6 @@ def _load(plan: Plan) -> Engine:
             f"{plan.model} on {socket.gethostname()} is not the model that the hub has under this name: "
             "copy the hub's there, at the same path"
         )
-    settings = EngineSettings(plan.spec, plan.schedule, DTYPES[plan.dtype], device, kv_bytes(device, plan.share))
+    memory = kv_bytes(device, plan.share)
+    settings = EngineSettings(plan.spec, plan.schedule, DTYPES[plan.dtype], device, memory, plan.recompute)
     return Engine(files.config, files.source, settings)

@@ -12,6 +12,7 @@ from hub.engine import Standing
 from hub.jobs import InferItem, Outcome, StepItem
 from hub.replicas.actor import Figures, Plan
 from hub.replicas.cluster import Cluster
+from hub.replicas.parted import Rest, forget_parted, note_parted
 from hub.replicas.plain import packed, packed_item, unpacked_outcome
 from messaging.messages import Tensor
 
@@ -37,12 +38,14 @@ class RemoteEngine:
         self.where = ""
         self._actor: Any = None
         self._figures = _NOTHING
+        #: the items that the replica has, and has computed a part of
+        self._parted: dict[Rest, InferItem] = {}
 
     def start(self) -> None:
         """Start its process, anew if there was one. InputError if it cannot work there, ReplicaLost if not at all."""
         if self._actor is not None:
             self._cluster.end(self._actor)
-        self._figures = _NOTHING
+        self._figures, self._parted = _NOTHING, {}
         self._actor, self.where = self._cluster.start(self._plan, self.name)
 
     def _ask(self, method: Any, *arguments: object) -> Any:
@@ -51,28 +54,41 @@ class RemoteEngine:
 
     # -- as the engine --------------------------------------------------------------------------------
 
-    def step_forward(self, items: Sequence[StepItem]) -> dict[int, Outcome]:
+    def step_forward(self, items: Sequence[StepItem], micro: int = 0) -> dict[int, Outcome]:
         """See Engine."""
-        answers = self._ask(self._actor.step_forward, [packed_item(item) for item in items])
+        answers = self._ask(self._actor.step_forward, [packed_item(item) for item in items], micro)
         return {session: unpacked_outcome(answer) for session, answer in answers.items()}
 
-    def step_backward(self, grads: Mapping[int, object]) -> dict[int, Outcome]:
+    def step_backward(self, grads: Mapping[int, object], micro: int = 0) -> dict[int, Outcome]:
         """See Engine."""
         given = {session: packed(grad) for session, grad in grads.items() if isinstance(grad, Tensor)}
-        answers = self._ask(self._actor.step_backward, given)
+        answers = self._ask(self._actor.step_backward, given, micro)
         return {session: unpacked_outcome(answer) for session, answer in answers.items()}
 
-    def infer(self, items: Sequence[InferItem]) -> list[Outcome]:
+    def apply_step(self, sessions: Sequence[int]) -> None:
         """See Engine."""
-        return [unpacked_outcome(a) for a in self._ask(self._actor.infer, [packed_item(item) for item in items])]
+        self._ask(self._actor.apply_step, tuple(sessions))
+
+    def infer(self, items: Sequence[InferItem], upto: Mapping[int, int] | None = None) -> list[Outcome | None]:
+        """See Engine."""
+        answers = self._ask(self._actor.infer, [self._crossing(item) for item in items], dict(upto or {}))
+        note_parted(self._parted, items, answers)
+        return [None if answer is None else unpacked_outcome(answer) for answer in answers]
+
+    def _crossing(self, item: InferItem) -> InferItem | Rest:
+        """What is sent of an item: only its stream, if this very one is there already."""
+        stream = Rest(item.session, item.stream)
+        return stream if self._parted.get(stream) is item else packed_item(item)
 
     def close_stream(self, session: int, stream: int) -> None:
         """See Engine."""
         self._ask(self._actor.close_stream, session, stream)
+        forget_parted(self._parted, session, stream)
 
     def close_session(self, session: int) -> None:
         """See Engine."""
         self._ask(self._actor.close_session, session)
+        forget_parted(self._parted, session)
 
     def standing(self) -> Standing:
         """See Engine."""

@@ -1,7 +1,8 @@
 """The scheduler: hears events, changes its state, answers with actions.
 
-One optimizer step of B takes one step of every active member: all smashed states in, one joined forward, all
-gradients in, one joined backward. Inference is served between these, in batches of whatever waits.
+One optimizer step of B takes one step of every active member, micro-batch by micro-batch: all smashed states in, one
+joined forward, all gradients in, one joined backward; then the optimizer. A step counts wholly or not at all.
+Inference is served between these, in batches of whatever waits.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
 from hub.scheduler import plan
-from hub.scheduler.state import GradGiven, HiddenGiven, Member, Phase, State
+from hub.scheduler.state import Member, Phase, State, Wide
+from hub.scheduler.stepping import Stepping
 from messaging.errors import ErrorCode
 
 
@@ -19,12 +21,13 @@ class Scheduler:
     def __init__(self, state: State) -> None:
         self.state = state
         self._out: list[act.Action] = []
+        self._steps = Stepping(state, self._out)
         if state.rounds and state.round >= state.rounds:
             state.phase = Phase.OVER
 
     def handle(self, event: ev.Event) -> list[act.Action]:
         """Take note of one event; the actions are to be carried out in order."""
-        self._out = []
+        self._out.clear()
         match event:
             case ev.EdgeJoined():
                 self._joined(event)
@@ -39,11 +42,11 @@ class Scheduler:
             case ev.EdgeCameBack():
                 self._back(event)
             case ev.SmashedReceived():
-                self._smashed(event)
+                self._steps.smashed(event)
             case ev.GradientReceived():
-                self._gradient(event)
+                self._steps.gradient(event)
             case ev.InferReceived():
-                self.state.infers.append((event.session, event.request, event.payload))
+                self._asked(event)
             case ev.StreamClosed():
                 self.state.freeing.append((event.session, event.stream))
             case ev.AdapterUploaded():
@@ -51,15 +54,20 @@ class Scheduler:
             case ev.RoundAwaited():
                 self._awaited(event)
             case ev.ForwardDone():
-                self._forward_done(event)
+                self._steps.forward_done(event)
             case ev.BackwardDone():
-                self._backward_done(event)
+                self._steps.backward_done(event)
+            case ev.StepApplied():
+                self._steps.step_applied(event)
+                self._when_nobody_is_active()
             case ev.InferDone():
                 self._infer_done(event)
             case ev.RoundPublished():
                 self._published(event)
             case ev.HousekeepingDone():
                 self.state.busy = False
+            case ev.DeadlinePassed():
+                self.state.deadline_over = self.state.deadline_runs and event.gathering == self.state.gathering
             case ev.CheckpointDue():
                 self.state.checkpoint_due = True
             case ev.OthersChanged():
@@ -69,9 +77,11 @@ class Scheduler:
                 self.state.phase, self.state.closes = Phase.CLOSING, True
             case ev.RoundReopened():
                 self._reopened(event)
+        self._steps.give_up_who_is_away()
         self._forget_who_left()
         self._dispatch()
-        return self._out
+        self._steps.watch_deadline()
+        return list(self._out)
 
     # -- who is here -----------------------------------------------------------------------------
 
@@ -92,15 +102,16 @@ class Scheduler:
         member = state.members.get(session)
         if member is not None:
             member.left = False
-            member.smashed, member.gradient = None, None
+            member.smashed, member.gradients, member.last = {}, {}, 0
             if session in state.answering:
-                state.answering[session] = (0, state.answering[session][1])
+                state.answering[session] = (0, *state.answering[session][1:])
 
     def _drop_requests(self, session: int) -> None:
         """Forget what a session waits for outside of its step, and free its caches."""
         state = self.state
         state.infers = [item for item in state.infers if item[0] != session]
         state.inferring = [item for item in state.inferring if item[0] != session]
+        state.wide = {key: wide for key, wide in state.wide.items() if key[0] != session}
         state.awaiting = [item for item in state.awaiting if item[0] != session]
         state.freeing.append((session, 0))
 
@@ -109,9 +120,7 @@ class Scheduler:
         if member is None or member.left:
             return
         member.left = True
-        if member.smashed is not None:
-            self._refuse(member.session, member.smashed[0], ErrorCode.NO_SESSION, "this session has left")
-            member.smashed = None
+        self._steps.refuse_smashed(member, ErrorCode.NO_SESSION, "this session has left")
         if not event.done:
             member.contributes, member.upload = False, None
         self._note(f"{member.name} {'has taken all its steps' if event.done else 'left'}")
@@ -130,7 +139,8 @@ class Scheduler:
             del state.members[session]
         else:
             # What it has uploaded is whole, and belongs to steps that B's adapter has in it.
-            member.left, member.smashed, member.inside, member.gradient = True, None, None, None
+            member.left, member.smashed, member.inside = True, {}, None
+            member.gradients, member.grads, member.last = {}, {}, 0
         self._when_nobody_is_active()
 
     def _silent(self, event: ev.EdgeFellSilent) -> None:
@@ -182,140 +192,25 @@ class Scheduler:
             if member.left and not wanted:
                 del state.members[member.session]
 
-    # -- one step of B -----------------------------------------------------------------------------
+    # -- inference ---------------------------------------------------------------------------------
 
-    def _smashed(self, event: ev.SmashedReceived) -> None:
-        member = self._member(event.session, event.request)
-        if member is None:
-            return
-        if self.state.phase is Phase.OVER:
-            self._refuse(event.session, event.request, ErrorCode.TRAINING_OVER, "the hub has closed its last round")
-            return
-        given = member.hiddens.get(event.step)
-        if given is not None and given.answers(event.digest):
-            self._answer_forward(event.session, event.request, event.step, given.answer)
-            return
-        if event.step < member.applied:
-            text = f"step {event.step} is applied already: this edge is at step {member.applied}"
-            self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
-            return
-        if member.inside == event.step:
-            self._withdraw(member)
-        self._replaced(member, member.smashed)
-        member.smashed, member.asked_again = (event.request, event.step, event.payload), event.digest
-
-    def _gradient(self, event: ev.GradientReceived) -> None:
-        member = self._member(event.session, event.request)
-        if member is None:
-            return
-        if member.grad is not None and member.grad.step == event.step:
-            self._answer_backward(event.session, event.request, member.grad)
-            return
-        if member.inside != event.step and not self._in_backward(event.session, event.step):
-            text = f"step {event.step} was closed without this edge (silent for longer than the hub's --grace)"
-            self._refuse(event.session, event.request, ErrorCode.BEHIND, text)
-            return
-        self._replaced(member, member.gradient)
-        member.gradient = (event.request, event.step, event.payload)
-
-    def _in_backward(self, session: int, step: int) -> bool:
-        """Whether a backward of this step is under way, asked before (by a process of the edge that is no more)."""
+    def _asked(self, event: ev.InferReceived) -> None:
         state = self.state
-        return state.phase is Phase.BACKWARD and state.answering.get(session, (0, -1))[1] == step
-
-    def _withdraw(self, member: Member) -> None:
-        """The edge begins its step anew, with other bytes, so no gradient will come for the first try."""
-        self._replaced(member, member.gradient)
-        if member.inside is not None:
-            member.hiddens.pop(member.inside, None)
-        member.inside, member.gradient = None, None
-
-    def _answer_forward(self, session: int, request: int, step: int, answer: object) -> None:
-        if request:
-            self._out.append(act.AnswerForward(session, request, step, answer))
-
-    def _answer_backward(self, session: int, request: int, given: GradGiven) -> None:
-        if request:
-            action = act.AnswerBackward(session, request, given.step, given.answer, given.hub_step, given.closes)
-            self._out.append(action)
-
-    def _replaced(self, member: Member, before: tuple[int, int, object] | None) -> None:
-        if before is not None:
-            self._refuse(member.session, before[0], ErrorCode.BEHIND, f"step {before[1]} was begun anew")
-
-    def _member(self, session: int, request: int) -> Member | None:
-        member = self.state.members.get(session)
-        if member is None or member.left:
-            self._refuse(session, request, ErrorCode.NO_SESSION, "this session does not train")
-            return None
-        return member
-
-    def _forward_done(self, event: ev.ForwardDone) -> None:
-        state = self.state
-        state.busy = False
-        state.phase = Phase.BACKWARD
-        inside = []
-        for session, (request, step) in state.answering.items():
-            member, answer = state.members[session], event.answers[session]
-            self._answer_forward(session, request, step, answer)
-            if isinstance(answer, Exception):
-                continue
-            given = HiddenGiven(event.digests.get(session, b""), answer)
-            if self._taken_over(member, step, given):
-                member.hiddens[step] = given
-                member.inside = step
-                inside.append(session)
-        state.joined = tuple(inside)
-        state.answering = {}
-
-    def _taken_over(self, member: Member, step: int, given: HiddenGiven) -> bool:
-        """Answer the process that asked the same meanwhile. False if the step was begun anew, with other bytes."""
-        if member.smashed is None or member.smashed[1] != step:
-            return True
-        if not given.answers(member.asked_again):
-            return False
-        request, member.smashed = member.smashed[0], None
-        self._answer_forward(member.session, request, step, given.answer)
-        return True
-
-    def _backward_done(self, event: ev.BackwardDone) -> None:
-        state = self.state
-        state.busy = False
-        if any(not isinstance(answer, Exception) for answer in event.answers.values()):
-            state.hub_step += 1
-            state.round_step += 1
-        closes = state.round_step >= state.round_steps
-        for session, (request, step) in state.answering.items():
-            given = GradGiven(step, event.answers[session], state.hub_step, closes)
-            self._applied(state.members[session], given)
-            self._answer_backward(session, request, given)
-        state.answering, state.joined = {}, ()
-        state.phase = Phase.CLOSING if closes else Phase.FORWARD
-        self._when_nobody_is_active()
-
-    def _applied(self, member: Member, given: GradGiven) -> None:
-        """Note that a member's step is inside B's adapter, unless it failed; answer who asked for it again."""
-        again, member.gradient = member.gradient, None
-        if isinstance(given.answer, Exception):
-            self._replaced(member, again)
-            member.hiddens.pop(given.step, None)
-            return
-        member.applied, member.grad = given.step + 1, given
-        member.hiddens = {step: hidden for step, hidden in member.hiddens.items() if step >= given.step}
-        member.contributes = member.contributes or member.active
-        if member.active:
-            # What it uploaded before lacks this step: it uploads again when the round closes.
-            member.upload = None
-        if again is not None:
-            self._answer_backward(member.session, again[0], given)
-        if member.smashed is not None and member.smashed[1] <= given.step:
-            self._replaced(member, member.smashed)
-            member.smashed = None
+        state.infers.append((event.session, event.request, event.payload))
+        step = max(state.chunk // event.rows, 1)
+        if event.columns > step:
+            state.wide[event.session, event.request] = Wide(event.columns, step)
 
     def _infer_done(self, event: ev.InferDone) -> None:
         state = self.state
         state.busy = False
         wanted, state.inferring = set(state.inferring), []
+        parted, state.parted = state.parted, None
+        answered = wanted & {answer[:2] for answer in event.answers}
+        state.wide = {key: wide for key, wide in state.wide.items() if key not in answered}
+        if parted is not None and parted[:2] in wanted - answered:
+            # The rest of it goes on before other requests of its kind.
+            state.infers.insert(0, parted)
         self._out += [act.AnswerInfer(*answer) for answer in event.answers if answer[:2] in wanted]
 
     # -- rounds ------------------------------------------------------------------------------------
@@ -340,7 +235,7 @@ class Scheduler:
             self._answer_round(event.session, event.request)
         elif state.phase is not Phase.CLOSING and member is not None and member.active:
             # A hub that was restarted in the middle of closing takes one more step first.
-            self._refuse(event.session, event.request, ErrorCode.BEHIND, "this round is not closing yet: go on")
+            self._steps.refuse(event.session, event.request, ErrorCode.BEHIND, "this round is not closing yet: go on")
         else:
             state.awaiting.append((event.session, event.request, event.round))
             self._when_nobody_is_active()
@@ -371,21 +266,18 @@ class Scheduler:
             state.phase = Phase.FORWARD
             for session, request, _ in state.awaiting:
                 if session in state.members and state.members[session].active:
-                    self._refuse(session, request, ErrorCode.BEHIND, "this round is not closing yet: go on")
+                    text = "this round is not closing yet: go on"
+                    self._steps.refuse(session, request, ErrorCode.BEHIND, text)
             state.awaiting = [item for item in state.awaiting if item[0] not in {m.session for m in state.active}]
 
     def _begin_round(self) -> None:
         """A forward that waited for the publication was made with the adapter before it: it is asked for anew."""
         for member in self.state.members.values():
-            if member.smashed is not None:
-                self._refuse(member.session, member.smashed[0], ErrorCode.BEHIND, "a round was published meanwhile")
-                member.smashed = None
+            self._steps.refuse_smashed(member, ErrorCode.BEHIND, "a round was published meanwhile")
 
     def _end_training(self) -> None:
         for member in self.state.members.values():
-            if member.smashed is not None:
-                self._refuse(member.session, member.smashed[0], ErrorCode.TRAINING_OVER, "no more rounds")
-                member.smashed = None
+            self._steps.refuse_smashed(member, ErrorCode.TRAINING_OVER, "no more rounds")
         self._answer_awaiting(self.state.round)
         if not self.state.joint:
             self._note("training is over: serving generation")
@@ -411,9 +303,6 @@ class Scheduler:
         if action is not None:
             plan.begin(self.state, action)
             self._out.append(action)
-
-    def _refuse(self, session: int, request: int, code: ErrorCode, text: str) -> None:
-        self._out.append(act.Refuse(session, request, code, text))
 
     def _note(self, text: str) -> None:
         self._out.append(act.Note(text))

@@ -57,9 +57,9 @@ class EdgeCameBack:
 
 @dataclass(frozen=True)
 class SmashedReceived:
-    """An edge asks for the forward of its step `step`.
+    """An edge asks for the forward of micro-batch `micro` of `micros` of its step `step`.
 
-    `digest` stands for the bytes of one that may have been asked before; it is empty where the step is new.
+    `digest` stands for the bytes of one that may have been asked before; it is empty where it is new.
     """
 
     session: int
@@ -67,25 +67,33 @@ class SmashedReceived:
     step: int
     payload: object
     digest: bytes = b""
+    micro: int = 0
+    micros: int = 1
 
 
 @dataclass(frozen=True)
 class GradientReceived:
-    """An edge asks for the backward of its step `step`."""
+    """An edge asks for the backward of micro-batch `micro` of its step `step`."""
 
     session: int
     request: int
     step: int
     payload: object
+    micro: int = 0
 
 
 @dataclass(frozen=True)
 class InferReceived:
-    """A generation or an evaluation asks for a forward."""
+    """A generation or an evaluation asks for a forward of `rows` x `columns` positions.
+
+    It may be computed some columns at a time, unless `columns` is 1.
+    """
 
     session: int
     request: int
     payload: object
+    rows: int = 1
+    columns: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,14 +132,21 @@ class ForwardDone:
 
 @dataclass(frozen=True)
 class BackwardDone:
-    """The joined backward and the optimizer step were computed; an answer per session that gave a gradient."""
+    """The joined backward of a micro-batch was computed; an answer per session that gave a gradient."""
 
     answers: Mapping[int, object]
 
 
 @dataclass(frozen=True)
+class StepApplied:
+    """B's optimizer has stepped on the gradients of these sessions; with none of them it has not."""
+
+    sessions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class InferDone:
-    """A batch of inference was computed: (session, request, answer)."""
+    """A batch of inference was computed: (session, request, answer), without those of which a part is missing."""
 
     answers: tuple[tuple[int, int, object], ...]
 
@@ -146,6 +161,13 @@ class RoundPublished:
 @dataclass(frozen=True)
 class HousekeepingDone:
     """Memory was freed."""
+
+
+@dataclass(frozen=True)
+class DeadlinePassed:
+    """The time that `StartDeadline` of the same number began to count is over."""
+
+    gathering: int
 
 
 @dataclass(frozen=True)
@@ -190,9 +212,11 @@ Event = (
     | RoundAwaited
     | ForwardDone
     | BackwardDone
+    | StepApplied
     | InferDone
     | RoundPublished
     | HousekeepingDone
+    | DeadlinePassed
     | CheckpointDue
     | OthersChanged
     | RoundCloses

@@ -1,56 +1,49 @@
-"""Blocks B: what a run costs beside its layers, and that rows come out in their order however they leave."""
+"""Rows that enter and leave the layers of B at their own depth."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from blocks.middle import MiddleBlocks
-from blocks.surgery import load
-from tests.support.models import CONFIGS, CPU, source_of, whole_model
+from blocks.middle import Flow
 
 
-class Counting(TorchDispatchMode):
-    """Counts what is computed, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def blocks() -> MiddleBlocks:
-    whole = whole_model(CONFIGS["llama"]())
-    middle = MiddleBlocks(whole.config, 1, 6, torch.float32)
-    load(middle.cut, source_of(whole), torch.float32, CPU)
-    return middle
+def layers(flow: Flow, first: int, last: int) -> dict[int, list[int]]:
+    """Run layers that add their number; which rows were inside each."""
+    seen = {}
+    for layer in range(first, last):
+        hidden = flow.arrive(layer)
+        if hidden is not None:
+            seen[layer] = list(flow.rows)
+            assert len(hidden) == len(flow.rows)
+            flow.depart(layer, hidden + 10**layer)
+    return seen
 
 
-def states_of(rows: int) -> torch.Tensor:
-    return torch.randn(rows, 5, 64, generator=torch.Generator().manual_seed(rows)).requires_grad_()
+def states(rows: int) -> torch.Tensor:
+    return torch.arange(rows, dtype=torch.float32)[:, None, None].expand(rows, 2, 3).contiguous() / 10
 
 
-def test_rows_that_leave_together_cost_no_gradient_of_the_whole_batch_each() -> None:
-    middle, rows = blocks(), 6
-    positions = torch.arange(5).expand(rows, -1)
-    hidden = middle.run(states_of(rows), [1] * rows, [5] * rows, None, positions)
-    with Counting() as counting:
-        hidden.sum().backward()
-    assert counting.calls["select_backward"] == 0
-    assert counting.calls["stack"] + counting.calls["unbind"] == 0
+def test_rows_that_leave_together_are_not_copied() -> None:
+    flow = Flow(states(2), [1, 1], [4, 4])
+    assert layers(flow, 1, 6) == {1: [0, 1], 2: [0, 1], 3: [0, 1]}
+    assert torch.equal(flow.result(), states(2) + 1110)
+    last = Flow(states(1), [0], [1])
+    hidden = last.arrive(0)
+    assert hidden is not None
+    last.depart(0, hidden)
+    assert last.result() is hidden
 
 
-def test_each_row_has_the_states_of_its_own_exit_however_the_others_leave() -> None:
-    middle, rows = blocks(), 4
-    positions, states = torch.arange(5).expand(rows, -1), states_of(rows)
-    leaves = [5, 3, 5, 4]
-    mixed = middle.run(states, [1, 1, 2, 1], leaves, None, positions)
-    for row, enter in enumerate([1, 1, 2, 1]):
-        alone = middle.run(states[row : row + 1], [enter], [leaves[row]], None, positions[:1])
-        assert torch.allclose(mixed[row], alone[0], atol=1e-6), row
+def test_rows_pass_the_layers_between_their_own_doors() -> None:
+    told: list[list[int]] = []
+    flow = Flow(states(3), [2, 1, 1], [4, 3, 5], on_rows=told.append)
+    assert layers(flow, 1, 6) == {1: [1, 2], 2: [0, 1, 2], 3: [0, 2], 4: [2]}
+    passed = torch.tensor([1100.0, 110.0, 11110.0])[:, None, None]
+    assert torch.equal(flow.result(), states(3) + passed)
+    assert told == [[1, 2], [0, 1, 2], [0, 2], [2]]
+
+
+def test_rows_that_do_not_overlap() -> None:
+    flow = Flow(states(2), [1, 3], [2, 4])
+    assert layers(flow, 1, 5) == {1: [0], 3: [1]}
+    assert torch.equal(flow.result(), states(2) + torch.tensor([10.0, 1000.0])[:, None, None])

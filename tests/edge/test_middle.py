@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import messaging.messages as m
+from blocks.codec import from_wire
 from blocks.layout import Layout
 from edge.client import HubClient
-from edge.middle import HubMiddle
-from messaging.errors import ErrorCode, HubError, HubUnreachable, LinkLost
+from edge.middle import HubMiddle, Part
+from messaging.errors import ErrorCode, HubError, HubUnreachable, InputError, LinkLost
 
 SMASHED = torch.ones(1, 1, 4)
 LOST = LinkLost("the session with the hub ended before the answer came")
@@ -30,10 +31,13 @@ class Script:
         self._answers = list(answers)
         #: (past, width) of what was asked
         self.asked: list[tuple[int, int]] = []
+        #: the states of what was asked
+        self.smashed: list[m.Tensor] = []
         self.waited: list[float] = []
 
     def ask(self, message: m.Infer, answer: type[m.InferHidden]) -> m.InferHidden:
         self.asked.append((message.past, message.smashed.shape[1]))
+        self.smashed.append(message.smashed)
         error = self._answers.pop(0)
         if error is not None:
             raise error
@@ -121,3 +125,40 @@ def test_what_else_the_hub_refuses_is_told() -> None:
     middle, _, stream = generation([HubError(ErrorCode.BEHIND, "adapter version 0 is no longer served")])
     with pytest.raises(HubError, match="no longer served"):
         next_token(middle, stream)
+
+
+# -- the dtype on the wire ---------------------------------------------------------------------------------
+
+
+def states(seed: int, width: int) -> torch.Tensor:
+    return torch.randn(2, width, 300, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("wire", [None, "f32", "bf16", "f16", "q8"])
+def test_a_replay_has_the_bytes_that_were_sent_before(wire: str | None) -> None:
+    """Positions 1 and 2 were sent in two requests, with the rows changing places between them."""
+    script = Script(None, None, missing(1), None, None)
+    middle = HubMiddle(cast(HubClient, script), 0, wire)
+    stream = middle.open_stream()
+    for past, width, order in ((0, 2, ()), (2, 1, (1, 0)), (3, 1, ())):
+        middle.infer(states(past, width), Layout.from_ints((), 2, past, width, 64), stream, order)
+    first, second, _, again, _ = [
+        from_wire(tensor, dtype=torch.float32, shape=(2, None, 300)) for tensor in script.smashed
+    ]
+    assert script.asked[3] == (1, 2)
+    assert {tensor.dtype for tensor in script.smashed} == {wire or "f32"}
+    assert torch.equal(again, torch.cat([first[[1, 0], 1:], second], dim=1))
+    assert script.smashed[3].nbytes == sum(len(chunk) for chunk in script.smashed[3].chunks)
+
+
+def test_what_fp16_cannot_hold_is_not_sent() -> None:
+    script = Script()
+    middle = HubMiddle(cast(HubClient, script), 0, "f16")
+    large = SMASHED * 1e6
+    with pytest.raises(InputError, match="use --wire bf16 or int8"):
+        middle.infer(large, Layout.from_ints((), 1, 0, 1, 64), middle.open_stream(), ())
+    with pytest.raises(InputError, match="use --wire bf16 or int8"):
+        middle.send_smashed(Part(0, 0, 1, 1), large, Layout.from_ints((), 1, 0, 1, 64))
+    with pytest.raises(InputError, match="use --wire bf16 or int8"):
+        middle.step_backward(large)
+    assert not script.asked

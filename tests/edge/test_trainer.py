@@ -61,6 +61,9 @@ class Standings:
     def resume(self, welcome: Any) -> None:
         self.resumed.append(welcome.applied)
 
+    def closes(self) -> None:
+        self.standing = replace(self.standing, closes=True)
+
     def saved(self) -> None:
         """Nothing to write."""
 

@@ -158,8 +158,8 @@ def engine(name: str) -> Engine:
     return make_engine(whole_model({**CONFIGS, **MORE_CONFIGS}[name]()))
 
 
-def states(rows: int, width: int) -> Any:
-    return to_wire(torch.randn(rows, width, engine("llama").hidden_size))
+def states(rows: int, width: int, wire: str = "f32") -> Any:
+    return to_wire(torch.randn(rows, width, engine("llama").hidden_size), wire)
 
 
 @st.composite
@@ -195,7 +195,7 @@ def test_no_layout_ends_the_compute_thread(name: str, data: st.DataObject) -> No
             order = tuple(data.draw(st.lists(st.integers(0, 4), min_size=layout.rows, max_size=layout.rows)))
             stream = data.draw(st.integers(0, 1))
             given = order if data.draw(st.booleans()) else ()
-            tensor = states(layout.rows, layout.width)
+            tensor = states(layout.rows, layout.width, data.draw(st.sampled_from(["f32", "f16", "q8"])))
             items.append(InferItem(session, 1, stream, places[session], 0, layout, given, tensor))
         outcomes_only(iter(running.infer(items)))
     running.close_session(1)

@@ -12,7 +12,7 @@ from hub.membership import (
     notes_from_json,
     notes_to_json,
 )
-from hub.scheduler.state import GradGiven, HiddenGiven, Member
+from hub.scheduler.state import Asked, HiddenGiven, Member, StepTaken
 from messaging.messages import Tensor
 
 
@@ -22,9 +22,10 @@ def tensor(fill: int) -> Tensor:
 
 
 def member(**more: object) -> Member:
-    """A member after its step 4, whose answers are known."""
-    given = Member(7, "ward", applied=5, hiddens={4: HiddenGiven(b"digest", tensor(1))})
-    given.grad = GradGiven(4, tensor(3), 9, True)
+    """A member after its step 4 of two micro-batches, whose answers are known."""
+    hiddens = {0: HiddenGiven(b"digest", tensor(1)), 1: HiddenGiven(b"other", tensor(5))}
+    given = Member(7, "ward", applied=5, hiddens={4: hiddens})
+    given.taken = StepTaken(4, {0: tensor(3), 1: tensor(7)}, 9, True)
     for name, value in more.items():
         setattr(given, name, value)
     return given
@@ -40,17 +41,18 @@ def test_answers_go_through_tensors() -> None:
     assert answered is not None
     tensors, facts = answers_to_tensors([answered])
     (back,) = answers_from_tensors(tensors, json.loads(json.dumps(facts)))
-    assert (back.key, back.hidden.digest) == ("key", b"digest")
-    assert (back.grad.step, back.grad.hub_step, back.grad.closes) == (4, 9, True)
-    for one, other in ((back.hidden.answer, tensor(1)), (back.grad.answer, tensor(3))):
+    assert (back.key, [given.digest for given in back.hiddens.values()]) == ("key", [b"digest", b"other"])
+    assert (back.taken.step, back.taken.hub_step, back.taken.closes) == (4, 9, True)
+    found = [back.hiddens[0].answer, back.taken.answers[0], back.hiddens[1].answer, back.taken.answers[1]]
+    for one, other in zip(found, (tensor(fill) for fill in (1, 3, 5, 7)), strict=True):
         assert isinstance(one, Tensor)
         assert (one.dtype, one.shape, b"".join(one.chunks)) == (other.dtype, other.shape, b"".join(other.chunks))
 
 
 def test_answers_are_kept_until_something_shows_that_the_edge_has_them() -> None:
     assert answered_of(member(), "key") is not None
-    assert answered_of(member(smashed=(11, 4, "again")), "key") is not None
-    assert answered_of(member(smashed=(11, 5, "next")), "key") is None
+    assert answered_of(member(smashed={0: Asked(11, 4, 0, "again")}), "key") is not None
+    assert answered_of(member(smashed={0: Asked(11, 5, 0, "next")}), "key") is None
     assert answered_of(member(inside=5), "key") is None
     assert answered_of(member(upload="adapter"), "key") is None
-    assert answered_of(member(grad=None), "key") is None
+    assert answered_of(member(taken=None), "key") is None

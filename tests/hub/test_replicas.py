@@ -74,7 +74,7 @@ def test_a_round_closes_when_all_have_uploaded_and_waits_for_nobody_where_nobody
     assert rounds.may_close([ready, empty])
     assert rounds.may_close([ready, group(Phase.FORWARD, Member(2, "edge-2", silent=True))])
     assert not rounds.may_close([ready, group(Phase.FORWARD, Member(2, "edge-2"))])
-    assert not rounds.may_close([ready, group(Phase.BACKWARD, Member(2, "edge-2"))])
+    assert not rounds.may_close([ready, group(Phase.STEPPING, Member(2, "edge-2"))])
     assert not rounds.may_close([ready, group(Phase.CLOSING, replace(uploaded(2), upload=None))])
     assert not rounds.may_close([empty, group(Phase.FORWARD)])
 

@@ -49,6 +49,11 @@ def backward_done(*sessions: int) -> ev.Event:
     return ev.BackwardDone({s: f"d{s}" for s in sessions})
 
 
+def applied_after(sessions: tuple[int, ...], answers: list[object]) -> list[tuple[ev.Event, Sequence[object]]]:
+    """The backward of all these is done, then the optimizer has stepped; `answers` come then."""
+    return [(backward_done(*sessions), [act.ApplyStep(sessions)]), (ev.StepApplied(sessions), answers)]
+
+
 def hidden(session: int, step: int = 0) -> act.Action:
     return act.AnswerForward(session, forward_id(session, step), step, f"h{session}")
 
@@ -103,7 +108,7 @@ STEP_OF_TWO = [
     *HIDDEN_OF_TWO,
     (gradient(2), []),
     (gradient(1), [run_backward(1, 2)]),
-    (backward_done(1, 2), [grad(1), grad(2)]),
+    *applied_after((1, 2), [grad(1), grad(2)]),
 ]
 
 SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
@@ -131,7 +136,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (forward_done(1, 2), [hidden(1), hidden(2)]),
         (gradient(1), []),
         (gradient(2), [run_backward(1, 2)]),
-        (backward_done(1, 2), [grad(1), grad(2)]),
+        *applied_after((1, 2), [grad(1), grad(2)]),
         (smashed(1, 1), []),
         (smashed(2, 1), [act.RunForward(((3, "s3.0"), (1, "s1.1"), (2, "s2.1")))]),
     ],
@@ -140,7 +145,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (ev.EdgeLeft(2, False), []),
         (forward_done(1, 2), [hidden(1), hidden(2)]),
         (gradient(1), [run_backward(1)]),
-        (backward_done(1), [grad(1)]),
+        *applied_after((1,), [grad(1)]),
         (smashed(1, 1), [run_forward(1, step=1)]),
     ],
     "an edge that leaves in the middle of the backward is in this step and no other": [
@@ -148,7 +153,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (gradient(1), []),
         (gradient(2), [run_backward(1, 2)]),
         (ev.EdgeLeft(2, False), []),
-        (backward_done(1, 2), [grad(1), grad(2)]),
+        *applied_after((1, 2), [grad(1), grad(2)]),
         (smashed(1, 1), [run_forward(1, step=1)]),
     ],
     "an edge that leaves with a request waiting is answered": [
@@ -162,13 +167,13 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (gradient(1), []),
         (ev.EdgeFellSilent(2), [run_backward(1)]),
         (gradient(2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
-        (backward_done(1), [grad(1)]),
+        *applied_after((1,), [grad(1)]),
         (smashed(1, 1), [run_forward(1, step=1)]),
         (ev.EdgeCameBack(2), []),
         (smashed(2, 0), []),
         (forward_done(1), [hidden(1, 1)]),
         (gradient(1, 1), [run_backward(1, step=1)]),
-        (backward_done(1), [grad(1, 1, hub_step=2)]),
+        *applied_after((1,), [grad(1, 1, hub_step=2)]),
         (smashed(1, 2), [act.RunForward(((1, "s1.2"), (2, "s2.0")))]),
     ],
     "a gradient that was here before its edge fell silent counts": [
@@ -204,7 +209,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (gradient(1), []),
         (ev.SmashedReceived(2, 777, 0, "again"), [run_backward(1)]),
         (gradient(2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
-        (backward_done(1), [grad(1)]),
+        *applied_after((1,), [grad(1)]),
         (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "again")))]),
     ],
     "a forward that is repeated while it is computed is taken from the next": [
@@ -218,18 +223,27 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         *HIDDEN_OF_TWO,
         (gradient(1), []),
         (gradient(2), [run_backward(1, 2)]),
+        (backward_done(1, 2), [act.ApplyStep((1, 2))]),
         (ev.SmashedReceived(2, 777, 0, "again"), []),
-        (ev.GradientReceived(2, 778, 0, "again"), []),
+        (ev.GradientReceived(2, 778, 0, "again"), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND)]),
         (
-            backward_done(1, 2),
+            ev.StepApplied((1, 2)),
             [
                 grad(1),
                 act.AnswerBackward(2, 778, 0, "d2", 1, False),
                 refused(2, 777, ErrorCode.BEHIND),
-                grad(2),
             ],
         ),
         (ev.SmashedReceived(2, 779, 0, "again"), [refused(2, 779, ErrorCode.BEHIND)]),
+    ],
+    "a step that is begun anew in its backward counts for nothing": [
+        *HIDDEN_OF_TWO,
+        (gradient(1), []),
+        (gradient(2), [run_backward(1, 2)]),
+        (ev.SmashedReceived(2, 777, 0, "again"), []),
+        (backward_done(1, 2), [refused(2, forward_id(2, 0) + 1, ErrorCode.BEHIND), act.ApplyStep((1,))]),
+        (ev.StepApplied((1,)), [grad(1)]),
+        (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "again")))]),
     ],
     "a newer request takes the place of one that waits": [
         (joined(1), []),
@@ -244,15 +258,15 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (forward_done(1, 2), [hidden(1), act.FreeStreams(((2, 0),))]),
         (gradient(1), []),
         (ev.HousekeepingDone(), [run_backward(1)]),
-        (backward_done(1), [grad(1)]),
+        *applied_after((1,), [grad(1)]),
     ],
     "everybody gone in the middle of a step: it is dropped, and counts for nothing": [
         *HIDDEN_OF_TWO,
         (ev.EdgeGone(1), [act.FreeStreams(((1, 0),))]),
         (ev.EdgeGone(2), []),
-        (ev.HousekeepingDone(), [act.FreeStreams(((2, 0),))]),
-        (ev.HousekeepingDone(), [act.RunBackward({})]),
-        (ev.BackwardDone({}), []),
+        (ev.HousekeepingDone(), [act.ApplyStep(())]),
+        (ev.StepApplied(()), [act.FreeStreams(((2, 0),))]),
+        (ev.HousekeepingDone(), []),
         (joined(3), []),
         (joined(4), []),
         (smashed(3), []),
@@ -260,7 +274,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (forward_done(3, 4), [hidden(3), hidden(4)]),
         (gradient(3), []),
         (gradient(4), [run_backward(3, 4)]),
-        (backward_done(3, 4), [grad(3, hub_step=1), grad(4, hub_step=1)]),
+        *applied_after((3, 4), [grad(3, hub_step=1), grad(4, hub_step=1)]),
     ],
     "who does not train is refused": [
         (ev.EdgeJoined(1, "reader", False), []),
@@ -314,7 +328,7 @@ SCENARIOS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
             ev.InferDone(((8, 2, "Y"), (8, 3, "Z"))),
             [act.AnswerInfer(8, 2, "Y"), act.AnswerInfer(8, 3, "Z"), run_backward(1, 2)],
         ),
-        (backward_done(1, 2), [grad(1), grad(2), act.RunInfer(((8, 4, "w"),))]),
+        *applied_after((1, 2), [grad(1), grad(2), act.RunInfer(((8, 4, "w"),))]),
     ],
     "inference of a session that is gone is not answered": [
         (ev.InferReceived(8, 1, "x"), [act.RunInfer(((8, 1, "x"),))]),
@@ -339,7 +353,7 @@ ONE_STEP = [
     *HIDDEN_OF_TWO,
     (gradient(1), []),
     (gradient(2), [run_backward(1, 2)]),
-    (backward_done(1, 2), [grad(1, closes=True), grad(2, closes=True)]),
+    *applied_after((1, 2), [grad(1, closes=True), grad(2, closes=True)]),
 ]
 ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
     "a round closes when all who trained in it have uploaded": [
@@ -375,7 +389,7 @@ ROUNDS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
         (gradient(1), []),
         (gradient(2), [run_backward(1, 2)]),
         (ev.EdgeFellSilent(2), []),
-        (backward_done(1, 2), [grad(1, closes=True), grad(2, closes=True)]),
+        *applied_after((1, 2), [grad(1, closes=True), grad(2, closes=True)]),
         (ev.EdgeCameBack(2), []),
         (uploaded(2), []),
         (uploaded(1), [close_round(0, 1, 2)]),
@@ -435,7 +449,7 @@ def test_done_members_close_the_round_when_nobody_has_steps_left() -> None:
             (smashed(2, 1), [run_forward(2, step=1)]),
             (forward_done(2), [hidden(2, 1)]),
             (gradient(2, 1), [run_backward(2, step=1)]),
-            (backward_done(2), [grad(2, 1, hub_step=2)]),
+            *applied_after((2,), [grad(2, 1, hub_step=2)]),
             (uploaded(2), []),
             (ev.EdgeLeft(2, True), [close_round(0, 1, 2)]),
             (awaited(2), []),
@@ -482,7 +496,7 @@ def test_an_edge_that_starts_anew_goes_on_in_the_round_that_is_open() -> None:
             (smashed(1), [run_forward(1)]),
             (forward_done(1), [hidden(1)]),
             (gradient(1), [run_backward(1)]),
-            (backward_done(1), [grad(1)]),
+            *applied_after((1,), [grad(1)]),
             (ev.EdgeGone(1), [act.FreeStreams(((1, 0),))]),
             (ev.HousekeepingDone(), []),
             (joined(2, "edge1", applied=1), []),
@@ -531,10 +545,11 @@ def test_a_gradient_that_fails_is_no_step() -> None:
             (smashed(1), [run_forward(1)]),
             (forward_done(1), [hidden(1)]),
             (gradient(1), [run_backward(1)]),
-            (ev.BackwardDone({1: error}), [act.AnswerBackward(1, 101, 0, error, 0, False)]),
+            (ev.BackwardDone({1: error}), [act.AnswerBackward(1, 101, 0, error, 0, False), act.ApplyStep(())]),
+            (ev.StepApplied(()), []),
             (smashed(1), [run_forward(1)]),
-            (ev.ForwardDone({1: error}), [act.AnswerForward(1, 100, 0, error), act.RunBackward({})]),
-            (ev.BackwardDone({}), []),
+            (ev.ForwardDone({1: error}), [act.AnswerForward(1, 100, 0, error), act.ApplyStep(())]),
+            (ev.StepApplied(()), []),
         ],
     )
     assert (hub.state.hub_step, hub.state.members[1].applied, hub.state.members[1].contributes) == (0, 0, False)
@@ -597,7 +612,7 @@ KILLED_WHEN_APPLIED: list[tuple[ev.Event, Sequence[object]]] = [
     (gradient(1), []),
     (gradient(2), [run_backward(1, 2)]),
     (ev.EdgeRestarted(2), []),
-    (backward_done(1, 2), [grad(1), FREE_TWO]),
+    *applied_after((1, 2), [grad(1), FREE_TWO]),
     (ev.HousekeepingDone(), []),
 ]
 
@@ -636,7 +651,7 @@ KILLS: dict[str, Sequence[tuple[ev.Event, Sequence[object]]]] = {
         *KILLED_WITH_HIDDEN,
         (again(2, 1, same=False), []),
         (gradient(1), [run_backward(1)]),
-        (backward_done(1), [grad(1)]),
+        *applied_after((1,), [grad(1)]),
         (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "other")))]),
     ],
     "killed before it heard that its step is applied: it is told again, and nothing is applied again": [
@@ -654,7 +669,7 @@ KILLS: dict[str, Sequence[tuple[ev.Event, Sequence[object]]]] = {
         *KILLED_WHEN_APPLIED[:-2],
         (again(2, 1), [act.AnswerForward(2, 1, 0, "h2")]),
         (ev.GradientReceived(2, 2, 0, "g2.0"), []),
-        (backward_done(1, 2), [grad(1), act.AnswerBackward(2, 2, 0, "d2", 1, False), FREE_TWO]),
+        *applied_after((1, 2), [grad(1), act.AnswerBackward(2, 2, 0, "d2", 1, False), FREE_TWO]),
     ],
     "killed when it had left: its place is its own again": [
         *STEP_OF_TWO,
@@ -681,13 +696,13 @@ def test_a_checkpoint_that_is_due_goes_with_the_next_joined_forward_and_no_other
             (ev.CheckpointDue(), []),
             (gradient(1), []),
             (gradient(2), [run_backward(1, 2)]),
-            (backward_done(1, 2), [grad(1), grad(2)]),
+            *applied_after((1, 2), [grad(1), grad(2)]),
             (smashed(1, 1), []),
             (smashed(2, 1), [act.RunForward(((1, "s1.1"), (2, "s2.1")), checkpoint=True)]),
             (forward_done(1, 2), [hidden(1, 1), hidden(2, 1)]),
             (gradient(1, 1), []),
             (gradient(2, 1), [run_backward(1, 2, step=1)]),
-            (backward_done(1, 2), [grad(1, 1, hub_step=2), grad(2, 1, hub_step=2)]),
+            *applied_after((1, 2), [grad(1, 1, hub_step=2), grad(2, 1, hub_step=2)]),
             (smashed(1, 2), []),
             (smashed(2, 2), [run_forward(1, 2, step=2)]),
         ],
@@ -703,7 +718,7 @@ def test_a_forward_that_waits_over_a_publication_is_asked_for_anew() -> None:
             (smashed(1), [run_forward(1)]),
             (forward_done(1), [hidden(1)]),
             (gradient(1), [run_backward(1)]),
-            (backward_done(1), [grad(1, closes=True)]),
+            *applied_after((1,), [grad(1, closes=True)]),
             (joined(2), []),
             (smashed(2), []),
             (uploaded(1), [close_round(0, 1)]),
@@ -712,7 +727,7 @@ def test_a_forward_that_waits_over_a_publication_is_asked_for_anew() -> None:
             (smashed(2), [run_forward(2)]),
             (forward_done(2), [hidden(2)]),
             (gradient(2), [run_backward(2)]),
-            (backward_done(2), [grad(2, hub_step=2, closes=True)]),
+            *applied_after((2,), [grad(2, hub_step=2, closes=True)]),
             (uploaded(2, 1), [close_round(1, 2)]),
         ],
     )
@@ -754,7 +769,7 @@ def test_what_was_uploaded_before_the_last_step_of_a_round_is_not_in_it() -> Non
             (forward_done(1, 2), [hidden(1, 1), hidden(2, 1)]),
             (gradient(1, 1), []),
             (gradient(2, 1), [run_backward(1, 2, step=1)]),
-            (backward_done(1, 2), [grad(1, 1), grad(2, 1)]),
+            *applied_after((1, 2), [grad(1, 1), grad(2, 1)]),
             (ev.EdgeLeft(2, True), []),
             (uploaded(2), []),
             (awaited(2), []),
@@ -762,3 +777,251 @@ def test_what_was_uploaded_before_the_last_step_of_a_round_is_not_in_it() -> Non
             (uploaded(1), [close_round(0, 1, 2)]),
         ],
     )
+
+
+# -- micro-batches ---------------------------------------------------------------------------------------------
+
+# Requests of micro-batch j are numbered 1000 * (j + 1) and on.
+
+
+def part_id(session: int, micro: int, step: int = 0) -> int:
+    return 1000 * (micro + 1) + forward_id(session, step)
+
+
+def part(session: int, micro: int, micros: int, step: int = 0, same: str = "") -> ev.Event:
+    """A forward; with `same`, one that was asked before, of these bytes."""
+    text = same or f"s{session}.{step}.{micro}"
+    request = part_id(session, micro, step) + (500_000 if same else 0)
+    return ev.SmashedReceived(session, request, step, text, same.encode(), micro, micros)
+
+
+def part_gradient(session: int, micro: int, step: int = 0) -> ev.Event:
+    return ev.GradientReceived(session, part_id(session, micro, step) + 1, step, f"g{session}.{step}.{micro}", micro)
+
+
+def run_part(micro: int, *sessions: int, step: int = 0) -> act.Action:
+    return act.RunForward(tuple((s, f"s{s}.{step}.{micro}") for s in sessions), micro=micro)
+
+
+def run_part_backward(micro: int, *sessions: int) -> act.Action:
+    return act.RunBackward({s: f"g{s}.0.{micro}" for s in sessions}, micro)
+
+
+def part_done(micro: int, *sessions: int) -> ev.Event:
+    return ev.ForwardDone({s: f"h{s}.{micro}" for s in sessions}, {s: f"s{s}.0.{micro}".encode() for s in sessions})
+
+
+def part_backward_done(micro: int, *sessions: int) -> ev.Event:
+    return ev.BackwardDone({s: f"d{s}.{micro}" for s in sessions})
+
+
+def part_hidden(session: int, micro: int) -> act.Action:
+    return act.AnswerForward(session, part_id(session, micro), 0, f"h{session}.{micro}", micro)
+
+
+def part_grad(session: int, micro: int, hub_step: int = 0, request: int = 0) -> act.Action:
+    request = request or part_id(session, micro) + 1
+    return act.AnswerBackward(session, request, 0, f"d{session}.{micro}", hub_step, False, micro)
+
+
+BAD = NotFinite("not finite")
+#: One edge with three micro-batches and one with one; the first two forwards of the first are done.
+THREE_AND_ONE: list[tuple[ev.Event, Sequence[object]]] = [
+    (joined(1), []),
+    (joined(2), []),
+    (part(1, 0, 3), []),
+    (part(1, 1, 3), []),
+    (part(2, 0, 1), [run_part(0, 1, 2)]),
+    (part_done(0, 1, 2), [part_hidden(1, 0), part_hidden(2, 0), run_part(1, 1)]),
+    (part_gradient(1, 0), []),
+    (part_done(1, 1), [part_hidden(1, 1)]),
+]
+
+PARTS: dict[str, list[tuple[ev.Event, Sequence[object]]]] = {
+    "micro-batches of two edges are joined while both have them, and the optimizer steps once": [
+        *THREE_AND_ONE,
+        (part_gradient(2, 0), [run_part_backward(0, 1, 2)]),
+        (part(1, 2, 3), []),
+        (part_gradient(1, 1), []),
+        # The backward goes first; the second edge hears when the step is applied.
+        (part_backward_done(0, 1, 2), [part_grad(1, 0), run_part_backward(1, 1)]),
+        (part_backward_done(1, 1), [part_grad(1, 1), run_part(2, 1)]),
+        (part_done(2, 1), [part_hidden(1, 2)]),
+        (part_gradient(1, 2), [run_part_backward(2, 1)]),
+        (part_backward_done(2, 1), [act.ApplyStep((1, 2))]),
+        (ev.StepApplied((1, 2)), [part_grad(1, 2, 1), part_grad(2, 0, 1)]),
+    ],
+    "one that falls silent in the middle of its step is out of it, the other's counts": [
+        *THREE_AND_ONE,
+        (part_gradient(2, 0), [run_part_backward(0, 1, 2)]),
+        (part_backward_done(0, 1, 2), [part_grad(1, 0)]),
+        (ev.EdgeFellSilent(1), [act.ApplyStep((2,))]),
+        (ev.StepApplied((2,)), [part_grad(2, 0, 1)]),
+        (ev.EdgeCameBack(1), []),
+        (part(1, 2, 3), [refused(1, part_id(1, 2), ErrorCode.BEHIND)]),
+        (part_gradient(1, 1), [refused(1, part_id(1, 1) + 1, ErrorCode.BEHIND)]),
+        (part(1, 0, 3), []),
+        (part(1, 1, 3), []),
+    ],
+    "one whose gradients are all here before it falls silent is in the step": [
+        *THREE_AND_ONE,
+        (part_gradient(2, 0), [run_part_backward(0, 1, 2)]),
+        (ev.EdgeFellSilent(2), []),
+        (part_backward_done(0, 1, 2), [part_grad(1, 0)]),
+        (ev.EdgeFellSilent(1), [act.ApplyStep((2,))]),
+        (ev.StepApplied((2,)), [part_grad(2, 0, 1)]),
+    ],
+    "killed in the middle of a step: the same bytes are told the same, and it goes on from there": [
+        *THREE_AND_ONE,
+        (part_gradient(2, 0), [run_part_backward(0, 1, 2)]),
+        (part_backward_done(0, 1, 2), [part_grad(1, 0)]),
+        (ev.EdgeRestarted(1), [act.FreeStreams(((1, 0),))]),
+        (ev.HousekeepingDone(), []),
+        (part(1, 0, 3, same="s1.0.0"), [act.AnswerForward(1, part_id(1, 0) + 500_000, 0, "h1.0", 0)]),
+        (part(1, 1, 3, same="s1.0.1"), [act.AnswerForward(1, part_id(1, 1) + 500_000, 0, "h1.1", 1)]),
+        (part_gradient(1, 0), [part_grad(1, 0)]),
+        (part(1, 2, 3), [run_part(2, 1)]),
+        (part_gradient(1, 1), []),
+        (part_done(2, 1), [part_hidden(1, 2), run_part_backward(1, 1)]),
+    ],
+    "killed while its last gradient is computed: the new process hears it when the step is applied": [
+        (joined(1), []),
+        (joined(2), []),
+        (ev.EdgeLeft(2, True), []),
+        (part(1, 0, 2), [run_part(0, 1)]),
+        (part(1, 1, 2), []),
+        (part_done(0, 1), [part_hidden(1, 0), run_part(1, 1)]),
+        (part_gradient(1, 0), []),
+        (part_done(1, 1), [part_hidden(1, 1), run_part_backward(0, 1)]),
+        (part_gradient(1, 1), []),
+        (part_backward_done(0, 1), [part_grad(1, 0), run_part_backward(1, 1)]),
+        (ev.EdgeRestarted(1), []),
+        (ev.GradientReceived(1, 77, 0, "g1.0.0", 0), [part_grad(1, 0, request=77)]),
+        (ev.GradientReceived(1, 78, 0, "g1.0.1", 1), []),
+        (part_backward_done(1, 1), [act.ApplyStep((1,))]),
+        (ev.StepApplied((1,)), [part_grad(1, 1, 1, request=78), act.FreeStreams(((1, 0),))]),
+        (ev.GradientReceived(1, 79, 0, "g1.0.0", 0), [part_grad(1, 0, request=79)]),
+        (ev.GradientReceived(1, 80, 0, "g1.0.1", 1), [part_grad(1, 1, 1, request=80)]),
+    ],
+    "a step begun anew with other bytes in its middle: what waits of the first try is refused": [
+        *THREE_AND_ONE,
+        (part(1, 2, 3), [run_part(2, 1)]),
+        (
+            part(1, 0, 3, same="other"),
+            [refused(1, part_id(1, 0) + 1, ErrorCode.BEHIND)],
+        ),
+        (part_gradient(2, 0), []),
+        (part_done(2, 1), [refused(1, part_id(1, 2), ErrorCode.BEHIND), run_part_backward(0, 2)]),
+        (part_backward_done(0, 2), [act.ApplyStep((2,))]),
+        (ev.StepApplied((2,)), [part_grad(2, 0, 1)]),
+    ],
+    "a later micro-batch with other bytes, or of another count, has to begin with the first": [
+        *THREE_AND_ONE,
+        (part(1, 2, 4), [refused(1, part_id(1, 2), ErrorCode.BEHIND)]),
+        (
+            part(1, 1, 3, same="other"),
+            [refused(1, part_id(1, 0) + 1, ErrorCode.BEHIND), refused(1, part_id(1, 1) + 500_000, ErrorCode.BEHIND)],
+        ),
+        (part_gradient(2, 0), [run_part_backward(0, 2)]),
+    ],
+    "a micro-batch that is not finite takes its whole step out": [
+        *THREE_AND_ONE,
+        (part_gradient(2, 0), [run_part_backward(0, 1, 2)]),
+        (part(1, 2, 3), []),
+        (
+            ev.BackwardDone({1: BAD, 2: "d2.0"}),
+            [
+                act.AnswerBackward(1, part_id(1, 0) + 1, 0, BAD, 0, False, 0),
+                refused(1, part_id(1, 2), ErrorCode.BEHIND),
+                act.ApplyStep((2,)),
+            ],
+        ),
+    ],
+    "a checkpoint waits for the end of the step": [
+        *THREE_AND_ONE,
+        (ev.CheckpointDue(), []),
+        (part(1, 2, 3), [run_part(2, 1)]),
+    ],
+}
+
+
+@pytest.mark.parametrize("scenario", PARTS)
+def test_scenarios_of_micro_batches(scenario: str) -> None:
+    play(scheduler(), PARTS[scenario])
+
+
+# -- steps that do not wait for everybody ---------------------------------------------------------------------------
+
+TWO_OF_THREE: list[tuple[ev.Event, Sequence[object]]] = [
+    (joined(1), []),
+    (joined(2), []),
+    (joined(3), []),
+    (smashed(1), [act.StartDeadline(1)]),
+    (ev.DeadlinePassed(1), []),
+    (smashed(3), [run_forward(1, 3)]),
+    (forward_done(1, 3), [hidden(1), hidden(3)]),
+    (smashed(2), []),
+    (gradient(1), []),
+    (gradient(3), [run_backward(1, 3)]),
+]
+QUORUMS: dict[str, tuple[int, list[tuple[ev.Event, Sequence[object]]]]] = {
+    "all of them before the deadline: nobody is left out": (
+        20,
+        [
+            *TWO_OF_THREE[:4],
+            (smashed(3), []),
+            (smashed(2), [run_forward(1, 2, 3)]),
+            (ev.DeadlinePassed(1), []),
+        ],
+    ),
+    "enough of them at the deadline: the late one is in the next step": (
+        20,
+        [
+            *TWO_OF_THREE,
+            # It waits now, and so begins the next deadline.
+            (backward_done(1, 3), [act.ApplyStep((1, 3))]),
+            (ev.StepApplied((1, 3)), [grad(1), grad(3), act.StartDeadline(2)]),
+            (ev.DeadlinePassed(1), []),
+            (smashed(1, 1), []),
+            (ev.DeadlinePassed(2), [act.RunForward(((1, "s1.1"), (2, "s2.0")))]),
+        ],
+    ),
+    "less than enough at the deadline: it goes when there are enough": (20, TWO_OF_THREE),
+    "who leaves is not waited for, deadline or not": (
+        20,
+        [
+            *TWO_OF_THREE[:4],
+            (ev.EdgeLeft(2, False), []),
+            (smashed(3), [run_forward(1, 3)]),
+        ],
+    ),
+    "a late one that took a step in the round is told that it closes": (
+        2,
+        [
+            *TWO_OF_THREE,
+            (backward_done(1, 3), [act.ApplyStep((1, 3))]),
+            (ev.StepApplied((1, 3)), [grad(1), grad(3), act.StartDeadline(2)]),
+            (ev.DeadlinePassed(2), []),
+            (smashed(1, 1), [act.RunForward(((1, "s1.1"), (2, "s2.0")))]),
+            (smashed(3, 1), []),
+            (forward_done(1, 2), [hidden(1, 1), hidden(2)]),
+            (gradient(1, 1), []),
+            (gradient(2), [act.RunBackward({1: "g1.1", 2: "g2.0"})]),
+            (backward_done(1, 2), [act.ApplyStep((1, 2))]),
+            (
+                ev.StepApplied((1, 2)),
+                [grad(1, 1, 2, True), grad(2, 0, 2, True), refused(3, forward_id(3, 1), ErrorCode.BEHIND)],
+            ),
+            (smashed(3, 1), [refused(3, forward_id(3, 1), ErrorCode.BEHIND)]),
+            (uploaded(1), []),
+            (uploaded(2), []),
+            (uploaded(3), [close_round(0, 1, 2, 3)]),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("scenario", QUORUMS)
+def test_scenarios_of_two_of_three(scenario: str) -> None:
+    round_steps, rows = QUORUMS[scenario]
+    play(Scheduler(State(3, round_steps, 0, quorum=2)), rows)

@@ -1,9 +1,10 @@
 """The scheduler under anything that edges, hubs and links may do, in any order; and what must hold all the same.
 
-Two machines share the model (`tests/support/model_hub.py` has the rules for each action, this file those for states).
+The machines share the model (`tests/support/model_hub.py` has the rules for each action, this file those for states).
 In `Honest` processes are killed and hubs begin anew, but nobody is silent for longer than the grace: then the end is
-that of an undisturbed run, to the last bit. In `Disorder` edges are silent, leave, are gone, come late, send what is
-not finite and ask for what they should not: then the rules hold, and who does its part still comes to its end.
+that of an undisturbed run, to the last bit. In `Quorum` steps do not wait for everybody besides: nothing is lost. In
+`Disorder` edges are silent, leave, are gone, come late, send what is not finite and ask for what they should not: then
+the rules hold, and who does its part still comes to its end.
 """
 
 from __future__ import annotations
@@ -37,21 +38,35 @@ _PICK = st.integers(0, 5)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps that each edge wants (None: until the hub is done), steps of a round, rounds (0: no end)."""
+    """Steps that each edge wants (None: until the hub is done), steps of a round, rounds (0: no end).
+
+    parts: each edge's micro-batches, and how many of them are under way at once. quorum: 0 for all edges.
+    """
 
     wanted: tuple[int | None, ...]
     round_steps: int
     rounds: int
+    parts: tuple[tuple[int, int], ...]
+    quorum: int = 0
 
     def edges(self) -> list[Edge]:
-        return [Edge(f"edge{9 - place}", wanted, place == 1) for place, wanted in enumerate(self.wanted)]
+        return [
+            Edge(f"edge{9 - place}", wanted, place == 1, *self.parts[place]) for place, wanted in enumerate(self.wanted)
+        ]
+
+    def hub(self) -> ModelHub:
+        return ModelHub(len(self.wanted), self.round_steps, self.rounds, self.quorum)
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
+def recipes(draw: st.DrawFn, quorum: bool = False) -> Recipe:
     rounds = draw(st.integers(0, 3))
     steps = st.integers(1, 7) if not rounds else st.none() | st.integers(1, 7)
-    return Recipe(tuple(draw(st.lists(steps, min_size=1, max_size=3))), draw(st.integers(1, 4)), rounds)
+    wanted = tuple(draw(st.lists(steps, min_size=1, max_size=3)))
+    part = st.sampled_from([(1, 1), (1, 1), (2, 2), (3, 2), (4, 4), (3, 1)])
+    parts = tuple(draw(st.lists(part, min_size=len(wanted), max_size=len(wanted))))
+    few = draw(st.integers(1, len(wanted))) if quorum else 0
+    return Recipe(wanted, draw(st.integers(1, 4)), rounds, parts, few)
 
 
 def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
@@ -69,6 +84,7 @@ def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
         for seat in list(hub.seats.values()):
             hub.heard(seat.seat)
         hub.written()
+        hub.deadline_passes()
         if hub.computing is not None:
             hub.finish()
     return False
@@ -84,7 +100,7 @@ def outcome(hub: ModelHub, edges: list[Edge]) -> object:
 @cache
 def undisturbed(recipe: Recipe) -> object:
     """The outcome when nothing happens."""
-    hub, edges = ModelHub(len(recipe.wanted), recipe.round_steps, recipe.rounds), recipe.edges()
+    hub, edges = recipe.hub(), recipe.edges()
     assert finish(hub, edges), "an undisturbed training comes to its end"
     return outcome(hub, edges)
 
@@ -94,8 +110,11 @@ class Honest(RuleBasedStateMachine):
 
     @initialize(recipe=recipes())
     def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    def begin_with(self, recipe: Recipe) -> None:
         self.recipe, self.edges = recipe, recipe.edges()
-        self.hub = ModelHub(len(self.edges), recipe.round_steps, recipe.rounds)
+        self.hub = recipe.hub()
         self.readers: list[int] = []
         self.floor = (0, 0, 0)
         self.over = False
@@ -203,6 +222,7 @@ class Honest(RuleBasedStateMachine):
         assert not self.hub.open, "every request is answered in the end"
         left = (state.members, state.awaiting, state.infers, state.answering, state.inferring, state.freeing)
         assert left == ({}, [], [], {}, [], []), "nothing is kept of who is gone"
+        assert (state.wide, state.parted) == ({}, None), "nor of how far their requests came"
         assert not self.hub.engine.caches, "no cache outlives its session"
 
     def come_to_an_end(self) -> None:
@@ -231,17 +251,23 @@ class Honest(RuleBasedStateMachine):
     def rule_a_step_waits_for_its_active_members_only(self) -> None:
         hub, state = self.hub, self.hub.scheduler.state
         active = {seat.seat for seat in hub.seats.values() if seat.train and not seat.left and not seat.silent}
-        asked = {kind: {s for (s, _), a in hub.open.items() if a.ask.kind == kind} for kind in ("forward", "gradient")}
+        asked = {(s, a.ask.kind, a.ask.micro) for (s, _), a in hub.open.items()}
         if state.phase is Phase.FORWARD and not state.busy:
-            assert not active or active - asked["forward"]
-        if state.phase is Phase.BACKWARD and not state.busy:
-            assert (active & set(state.joined)) - asked["gradient"]
+            assert not active or active - {s for s, kind, micro in asked if (kind, micro) == ("forward", 0)}
+        if state.phase is Phase.STEPPING and not state.busy:
+            inside = {m.session: m.micros for m in state.inside if m.session in active}
+            forward, backward = state.forwards, state.backwards
+            wanted = {(s, "gradient", backward) for s, micros in inside.items() if backward < min(forward, micros)}
+            wanted |= {(s, "forward", forward) for s, micros in inside.items() if forward < micros}
+            assert wanted - asked
 
     @invariant()
     def rule_every_open_request_is_held_in_one_place(self) -> None:
         state = self.hub.scheduler.state
-        held = [(m.session, item[0]) for m in state.members.values() for item in (m.smashed, m.gradient) if item]
-        held += [(session, request) for session, (request, _) in state.answering.items() if request]
+        members = state.members.values()
+        held = [(m.session, a.request) for m in members for a in (*m.smashed.values(), *m.gradients.values())]
+        held += [(m.session, m.last) for m in members if m.last]
+        held += [(session, request) for session, (request, *_) in state.answering.items() if request]
         held += [item[:2] for item in (*state.awaiting, *state.infers)] + list(state.inferring)
         assert sorted(held) == sorted(self.hub.open)
 
@@ -249,6 +275,7 @@ class Honest(RuleBasedStateMachine):
     def rule_nothing_is_kept_of_sessions_that_are_gone(self) -> None:
         state, here = self.hub.scheduler.state, self.hub.seats.keys()
         assert {s for s, _, _ in (*state.awaiting, *state.infers)} | {s for s, _ in state.inferring} <= here
+        assert {session for session, _ in state.wide} <= here
         assert state.answering.keys() <= here & state.members.keys()
         assert all(session in here or member.upload for session, member in state.members.items())
 
@@ -281,14 +308,16 @@ class Honest(RuleBasedStateMachine):
     def rule_records_are_bounded(self) -> None:
         for member in self.hub.scheduler.state.members.values():
             assert member.hiddens.keys() <= {member.applied - 1, member.applied}
-            assert member.grad is None or member.grad.step == member.applied - 1
+            assert member.taken is None or member.taken.step == member.applied - 1
+            for held in (member.smashed, member.gradients, member.grads, *member.hiddens.values()):
+                assert held.keys() <= set(range(4))
 
     @invariant()
     def rule_the_record_of_a_step_is_that_of_its_answers(self) -> None:
         for member in self.hub.scheduler.state.members.values():
-            for step, given in member.hiddens.items():
-                assert given.answer == self.hub.hiddens[member.session, step]
-                assert given.digest == digest(self.hub.hiddens[member.session, step].rows).encode()
+            for step, micro, given in [(s, j, g) for s, gs in member.hiddens.items() for j, g in gs.items()]:
+                assert given.answer == self.hub.hiddens[member.session, step, micro]
+                assert given.digest == digest(self.hub.hiddens[member.session, step, micro].rows).encode()
 
     @invariant()
     def rule_steps_are_counted(self) -> None:
@@ -314,17 +343,26 @@ class Honest(RuleBasedStateMachine):
         state = self.hub.scheduler.state
         for member in state.members.values():
             inside = member.inside is not None
-            assert not inside or (state.phase is Phase.BACKWARD and member.session in state.joined)
+            assert not inside or (state.phase is Phase.STEPPING and member.session in state.joined)
             assert not inside or member.inside == member.applied
-            again = member.session in state.answering and state.phase is Phase.BACKWARD
-            assert member.gradient is None or inside or again
+            assert inside or not (member.gradients or member.grads or member.last)
+            here = member.hiddens.get(member.inside, {}) if member.inside is not None else {}
+            assert member.gradients.keys() | member.grads.keys() <= here.keys()
+
+    @invariant()
+    def rule_forwards_wait_in_order_behind_the_first(self) -> None:
+        for member in self.hub.scheduler.state.members.values():
+            assert len({(asked.step, asked.micros) for asked in member.smashed.values()}) <= 1
+            assert not member.smashed or 0 in member.smashed or member.inside is not None
+            assert all(0 <= micro == asked.micro < asked.micros for micro, asked in member.smashed.items())
 
     @invariant()
     def rule_joined_is_what_is_pending(self) -> None:
         state = self.hub.scheduler.state
-        if state.phase is Phase.BACKWARD:
-            assert set(state.joined) == self.hub.engine.pending.keys() or self.hub.computing is not None
+        if state.phase is Phase.STEPPING:
+            assert set(state.joined) == self.hub.stepping.keys()
         elif self.hub.computing is None:
+            assert not self.hub.engine.pending
             assert not state.joined
             assert not state.answering
 
@@ -355,7 +393,7 @@ class Honest(RuleBasedStateMachine):
         if state.phase is Phase.OVER:
             assert state.rounds
             assert state.round >= state.rounds
-            assert not any(member.smashed or member.gradient for member in state.members.values())
+            assert not any(member.smashed or member.gradients for member in state.members.values())
 
     @invariant()
     def rule_caches_to_free_are_noted_once_each(self) -> None:
@@ -410,8 +448,36 @@ class HonestOnly(Honest):
         assert self.hub.engine.log == log[: len(self.hub.engine.log)]
 
 
+class Quorum(HonestOnly):
+    """Steps that do not wait for everybody: nothing is lost all the same. Who is in which step depends on time."""
+
+    @initialize(recipe=recipes(quorum=True))
+    def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    @rule()
+    def a_deadline_passes(self) -> None:
+        self.hub.deadline_passes()
+
+    def come_to_an_end(self) -> None:
+        assert finish(self.hub, self.edges), "nobody waits for ever"
+        assert all(edge.skips == 0 for edge in self.edges), "nothing that was learned is lost"
+        assert {end for edge in self.edges for end in edge.ends} <= {"done"}, "no honest edge is sent away"
+
+    def rule_every_joined_step_is_that_of_an_undisturbed_run(self) -> None:
+        """There is none to compare with."""
+
+
 class Disorder(Honest):
-    """Silence, leaving, failures, and a member that asks for what it should not."""
+    """Silence, leaving, failures, deadlines, and a member that asks for what it should not."""
+
+    @initialize(recipe=recipes() | recipes(quorum=True))
+    def begin(self, recipe: Recipe) -> None:
+        self.begin_with(recipe)
+
+    @rule()
+    def a_deadline_passes(self) -> None:
+        self.hub.deadline_passes()
 
     def __init__(self) -> None:
         super().__init__()
@@ -465,9 +531,10 @@ class Disorder(Honest):
         kind=st.sampled_from(["forward"] * 3 + ["gradient"] * 3 + ["infer", "upload", "await"]),
         offset=st.integers(-1, 1),
         content=st.integers(0, 1),
+        part=st.sampled_from([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]),
     )
-    def a_rogue_asks(self, kind: str, offset: int, content: int) -> None:
-        self.rogue.ask(self.hub, kind, offset, content)
+    def a_rogue_asks(self, kind: str, offset: int, content: int, part: tuple[int, int]) -> None:
+        self.rogue.ask(self.hub, kind, offset, content, part)
 
     @rule(content=st.integers(0, 1), ticks=st.integers(0, 12))
     def a_rogue_does_its_part(self, content: int, ticks: int) -> None:
@@ -500,14 +567,14 @@ class Rogue:
     def hello(self, hub: ModelHub) -> None:
         self.number = hub.hello(self.name).number
 
-    def ask(self, hub: ModelHub, kind: str, offset: int, content: int) -> None:
+    def ask(self, hub: ModelHub, kind: str, offset: int, content: int, part: tuple[int, int] = (0, 1)) -> None:
         if not hub.knows(self.number):
             self.hello(hub)
         welcome = hub.welcome(self.number)
         step, round_ = max(welcome.applied + offset, 0), max(welcome.round + offset, 0)
         asks = {
-            "forward": Ask("forward", step, Smashed(self.name, step, str(content))),
-            "gradient": Ask("gradient", step, Gradient(step, self.hidden)),
+            "forward": Ask("forward", step, Smashed(self.name, step, str(content), part[0]), *part),
+            "gradient": Ask("gradient", step, Gradient(step, self.hidden), *part),
             "infer": Ask("infer", content=(content, step)),
             "upload": Ask("upload", round_, Adapter(self.name, round_, str(content))),
             "await": Ask("await", round_),
@@ -518,8 +585,14 @@ class Rogue:
     def play_along(self, hub: ModelHub, content: int) -> None:
         """Ask for what is next, if nothing is asked for yet."""
         if not any(asked.number == self.number for asked in hub.open.values()):
-            mine = [m for m in hub.scheduler.state.members.values() if m.name == self.name]
-            self.ask(hub, "gradient" if mine and mine[0].inside is not None else "forward", 0, content)
+            mine = [m for m in hub.scheduler.state.members.values() if m.name == self.name and m.inside is not None]
+            if not mine:
+                self.ask(hub, "forward", 0, content)
+                return
+            forwards = len(mine[0].hiddens.get(mine[0].inside or 0, {}))
+            kind, micro = ("gradient", len(mine[0].grads)) if len(mine[0].grads) < forwards else ("forward", forwards)
+            if micro < mine[0].micros:
+                self.ask(hub, kind, 0, content, (micro, mine[0].micros))
 
     def hear(self, answer: object) -> None:
         if isinstance(answer, Hidden):
@@ -530,7 +603,37 @@ def ignore(_: object) -> None:
     """An answer that nobody waits for."""
 
 
+def test_who_was_too_late_for_a_step_with_a_checkpoint_can_go_back_to_it() -> None:
+    """It has not heard of its step yet that the checkpoint counts; the hub that comes after tells it."""
+    recipe = Recipe((3, 3), 20, 0, ((2, 2), (1, 1)), quorum=1)
+    hub, edges = recipe.hub(), recipe.edges()
+    early, late = edges
+    for edge in edges:
+        edge.start(hub)
+    while hub.applied.get(late.name, 0) < 1:
+        for edge in edges:
+            if edge.can_act:
+                edge.act()
+        if hub.computing is not None:
+            hub.finish()
+    hub.checkpoint_due()
+    while not hub.writing:
+        if early.can_act:
+            early.act()
+        hub.deadline_passes()
+        if hub.computing is not None:
+            hub.finish()
+    hub.kill(written=1, published=False)
+    for edge in edges:
+        assert edge.process is not None
+        edge.process.lose_mail()
+    assert finish(hub, edges)
+    assert [edge.skips for edge in edges] == [0, 0]
+
+
 TestHonest = HonestOnly.TestCase
 TestHonest.settings = _SETTINGS
+TestQuorum = Quorum.TestCase
+TestQuorum.settings = _SETTINGS
 TestDisorder = Disorder.TestCase
 TestDisorder.settings = _SETTINGS

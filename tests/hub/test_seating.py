@@ -33,3 +33,15 @@ def test_a_step_that_ends_after_its_edge_took_another_seat_is_not_taken_again() 
     (refusal,) = Scheduler(state).handle(ev.SmashedReceived(7, 1, 4, "the same step"))
     assert isinstance(refusal, act.Refuse)
     assert refusal.code is ErrorCode.BEHIND
+
+
+def test_nor_is_one_that_waits_in_the_other_seat_by_then() -> None:
+    """As above, but its edge had asked for the step again before it was applied."""
+    state = State(1, 20, 0, phase=Phase.STEPPING, joined=(6,), applying=(6,), busy=True)
+    state.members[7] = Member(7, "ward", applied=4)
+    hub = Scheduler(state)
+    assert hub.handle(ev.SmashedReceived(7, 1, 4, "the same step")) == []
+    state.members[7].applied = 5
+    (refusal,) = hub.handle(ev.StepApplied((6,)))
+    assert isinstance(refusal, act.Refuse)
+    assert refusal.code is ErrorCode.BEHIND

@@ -9,7 +9,7 @@ import pytest
 
 from hub.figures import Figures
 from hub.scheduler import actions as act
-from hub.scheduler.state import Member, Phase, State
+from hub.scheduler.state import Asked, Member, Phase, State
 from hub.watch import Watch, laggards
 from messaging.console import Journal
 
@@ -71,16 +71,17 @@ def test_a_session_that_is_closed_is_forgotten(scene: Scene) -> None:
     assert scene.lines == ["ward silent for 30 s"]
 
 
-@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.BACKWARD, Phase.CLOSING])
+@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.STEPPING, Phase.CLOSING])
 def test_who_is_waited_for(phase: Phase) -> None:
     state = cohort()
     state.phase = phase
     assert laggards(state) == ()
+    state.joined, state.forwards = tuple(state.members), 1
     for member in state.members.values():
         member.inside, member.contributes = 3, True
     assert laggards(state) == (), "nobody waits as long as nobody has delivered"
     for member in list(state.members.values())[:2]:
-        member.smashed = member.gradient = (1, 3, None)
+        member.smashed = member.gradients = {0: Asked(1, 3, 0, None)}
         member.upload = object()
     assert laggards(state) == ("ward",)
     state.busy = True
@@ -89,11 +90,11 @@ def test_who_is_waited_for(phase: Phase) -> None:
 
 def test_the_screen_says_for_whom_and_for_how_long(scene: Scene) -> None:
     scene.state.phase = Phase.FORWARD
-    scene.state.members[1].smashed = (1, 0, None)
+    scene.state.members[1].smashed = {0: Asked(1, 0, 0, None)}
     for scene.now in (10.0, 12.0, 14.5):
         scene.look()
         assert scene.watch.trouble == ""
-    scene.state.members[2].smashed = (1, 0, None)
+    scene.state.members[2].smashed = {0: Asked(1, 0, 0, None)}
     scene.now = 22.0
     scene.look()
     assert scene.watch.trouble == "waiting for ward since 12 s"
@@ -106,7 +107,7 @@ def test_many_laggards_are_counted(scene: Scene) -> None:
     scene.state.phase = Phase.FORWARD
     for at in range(10):
         scene.state.members[10 + at] = Member(10 + at, f"edge {at}")
-    scene.state.members[1].smashed = (1, 0, None)
+    scene.state.members[1].smashed = {0: Asked(1, 0, 0, None)}
     scene.look()
     scene.now = 6.0
     assert scene.watch.trouble == "waiting for edge 0, edge 1, edge 2 and 9 more since 6 s"

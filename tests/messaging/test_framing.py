@@ -290,6 +290,7 @@ def test_encode_holds_our_own_code_to_the_limits() -> None:
         infer(layout=tuple([1 << 40] * 4096)),
         infer(smashed=Tensor("f64", (1, 1, 512), data)),
         infer(smashed=Tensor("f32", (1, 1, 511), data)),
+        infer(smashed=Tensor("q8", (1, 1, 512), (bytes(512),))),
         infer(smashed=Tensor("f32", (1, 1, 1, 1, 512), data)),
         infer(smashed=Tensor("u8", (MAX_TENSOR_BYTES + 1,), ())),
         Enrol("text", "name"),  # type: ignore[arg-type]

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from blocks import quantize
+from edge import allocator, loss
+from profiles import memory
 from profiles.errors import PlanError
-from profiles.memory import MemoryPrediction, predict_memory
+from profiles.memory import MemoryPrediction, predict_memory, predict_unsplit
 from profiles.model import ModelShape, shape_from_config
 from profiles.workload import Workload
 
@@ -59,12 +62,46 @@ def test_counts_that_a_caller_knows_take_the_place_of_derived_ones() -> None:
     assert predict(2, 0, model=exact).weights == 4 * 1031
 
 
-def test_the_logits_of_a_training_step() -> None:
-    # the log-softmax and two gradients of it, float32 whatever the weights are
-    assert predict().logits == 3 * 4 * (4 * 32 * 500)
-    assert predict(workload=replace(TRAINING, dtype="bfloat16")).logits == predict().logits
+def test_the_logits_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the log-softmax and two gradients of it, float32 whatever the weights are, and the gradient by the states
+    assert predict().logits == 3 * 4 * (4 * 32 * 500) + 4 * (4 * 32 * 64)
+    assert predict(workload=replace(TRAINING, dtype="bfloat16")).logits == 3 * 4 * (4 * 32 * 500) + 2 * (4 * 32 * 64)
     capped = shape_from_config(CONFIG | {"final_logit_softcapping": 30.0})
-    assert predict(model=capped).logits == 4 * 4 * (4 * 32 * 500)
+    assert predict(model=capped).logits == 4 * 4 * (4 * 32 * 500) + 4 * (4 * 32 * 64)
+    monkeypatch.setattr(memory, "PIECE", 50 * 500)
+    assert predict().logits == 3 * 4 * (50 * 500) + 4 * (4 * 32 * 64)
+
+
+def test_the_unsplit_model_hosts_all_and_takes_its_loss_in_the_whole() -> None:
+    whole = predict_unsplit(MODEL, TRAINING, "cpu")
+    assert whole.weights == 4 * (ENDS + 6 * LAYER)
+    assert whole.logits == 4 * 4 * (4 * 32 * 500)
+    assert whole.wire == 0
+
+
+@pytest.mark.parametrize(("bits", "size"), [(8, 1 + 5 / 2048), (4, 0.5 + 1 / 64 + 4 / 16384)])
+def test_linear_layers_in_fewer_bits(bits: int, size: float) -> None:
+    linears = 2 * (LAYER - 128) + 500 * 64
+    quantized = predict(workload=replace(TRAINING, bits=bits))
+    assert quantized.weights == int(linears * size) + 4 * (ENDS + 2 * LAYER - linears)
+    assert quantized.dequantized == 160 * 64 * 20 + 4 * 32 * 160 * 4
+    assert predict().dequantized == 0
+    tied = shape_from_config(CONFIG | {"tie_word_embeddings": True})
+    # the head is the embedding then, and stays
+    fewer = predict(model=tied, workload=replace(TRAINING, bits=bits)).weights
+    assert quantized.weights - fewer == pytest.approx(500 * 64 * size, abs=1)
+
+
+def test_conv1d_is_not_quantized() -> None:
+    gpt2 = shape_from_config({"model_type": "gpt2", "n_embd": 64, "n_layer": 6, "n_head": 4, "vocab_size": 500,
+                              "n_positions": 64})  # fmt: skip
+    assert predict(model=gpt2, workload=replace(TRAINING, bits=8)).weights == predict(model=gpt2).weights
+
+
+def test_the_constants_are_those_of_the_edge() -> None:
+    assert memory.PIECE == loss.PIECE
+    assert memory.MMAP_BYTES == allocator.APART_BYTES
+    assert memory.SLAB == {"cpu": quantize.SLAB, "cuda": quantize.GPU_SLAB, "mps": quantize.GPU_SLAB}
 
 
 def test_generation_needs_a_cache_and_no_gradients() -> None:
@@ -80,7 +117,7 @@ def test_the_total_is_the_sum_of_its_parts() -> None:
     prediction = predict()
     assert prediction.total == sum(prediction.parts().values())
     assert set(prediction.parts()) == {
-        "weights", "adapters", "activations", "logits", "cache", "wire", "holes", "runtime",
+        "weights", "adapters", "activations", "logits", "cache", "wire", "holes", "runtime", "dequantized",
     }  # fmt: skip
 
 
@@ -107,8 +144,8 @@ def test_micro_batches_divide_what_a_row_needs_and_nothing_else() -> None:
 def test_only_the_cpu_allocator_loses_much_to_holes() -> None:
     on_gpu = predict_memory(MODEL, 1, 1, TRAINING, "cuda")
     assert on_gpu.holes < predict().holes / 5
-    # tensors of 32 MiB and more come straight from the system, whichever layer they are in
-    huge = replace(MODEL, vocab=50)
+    # tensors of 4 MiB and more come straight from the system, whichever layer they are in
+    huge = replace(MODEL, vocab=64_000)
     wide = predict(workload=replace(TRAINING, batch=4096, seq=512), model=huge)
     assert wide.holes == 0
 

@@ -32,9 +32,9 @@ FAST_HUB = replace(EDGE, name="fast", flops={"float32": 1e13}, bandwidth_bytes_p
 SLOW_HUB = replace(EDGE, name="slow", flops={"float32": 1e10}, bandwidth_bytes_per_s=3e9)
 
 
-def with_room_for(p: int, q: int, micro_batches: int = 1, workload: Workload = STEP) -> Machine:
+def with_room_for(p: int, q: int, micro_batches: int = 1, workload: Workload = STEP, under_way: int = 1) -> Machine:
     """The edge with exactly as much free memory as p:q needs."""
-    needed = predict_memory(MODEL, p, q, workload, "cpu", micro_batches).total
+    needed = predict_memory(MODEL, p, q, workload, "cpu", micro_batches, under_way).total
     return replace(EDGE, free_memory_bytes=int(needed / 0.85) + 2)
 
 
@@ -94,6 +94,23 @@ def test_what_fits_nowhere_is_refused_in_words_that_help() -> None:
     assert "To go on:" in message
     assert "bfloat16" in message
     assert isinstance(refusal.value, ValueError)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_fits_in_fewer_bits_only_is_told_so(bits: int) -> None:
+    machine = with_room_for(2, 2, micro_batches=4, workload=replace(STEP, bits=bits))
+    with pytest.raises(PlanError, match=rf"hold the weights in {bits} bits \(--load-in {bits}bit\): then it fits"):
+        plan_partition(MODEL, machine, LAN, STEP, 2, 2)
+    chosen = plan_partition(MODEL, machine, LAN, replace(STEP, bits=bits), 2, 2)
+    assert chosen.bits == bits
+    assert any(f"with linear layers in {bits} bits" in reason for reason in chosen.reasons)
+
+
+def test_fewer_bits_are_not_advised_where_they_do_not_help() -> None:
+    machine = replace(with_room_for(1, 1, micro_batches=4), free_memory_bytes=2**20)
+    with pytest.raises(PlanError) as refusal:
+        plan(MODEL, machine, LAN, STEP)
+    assert "--load-in" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +189,7 @@ def test_arithmetic_bounds_a_large_batch() -> None:
         ({"batch": 0}, "must be >= 1"),
         ({"seq": 0}, "must be >= 1"),
         ({"lora_rank": 0}, "must be >= 1"),
+        ({"bits": 3}, "weights in 3 bits: give one of 8, 4, or none"),
         ({"dtype": "int8"}, "unknown dtype 'int8': use auto, float32, bfloat16, float16"),
     ],
 )
@@ -190,3 +208,13 @@ def test_impossible_links() -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, profiles.planner, profiles.machine, profiles.probe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("under_way", [1, 2, 3])
+def test_as_many_micro_batches_are_under_way_as_fit(under_way: int) -> None:
+    machine = with_room_for(1, 1, micro_batches=4, under_way=under_way)
+    chosen = plan_partition(MODEL, machine, LAN, STEP, 1, 1)
+    least = next(n for n in range(1, 5) if predict_memory(MODEL, 1, 1, STEP, "cpu", n).total <= usable_bytes(machine))
+    assert chosen.micro_batches == least
+    needs = [predict_memory(MODEL, 1, 1, STEP, "cpu", least, at).total for at in range(1, least + 1)]
+    assert chosen.under_way == sum(need <= usable_bytes(machine) for need in needs)

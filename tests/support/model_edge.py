@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from messaging.errors import ErrorCode, HubError, LinkLost
+from messaging.errors import ROUND_CLOSES, ErrorCode, HubError, LinkLost
 
 if TYPE_CHECKING:
     from tests.support.model_hub import ModelHub
@@ -29,6 +29,7 @@ class Smashed:
     name: str
     step: int
     weights: str
+    micro: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,22 @@ class Ask:
     kind: str
     number: int = 0
     content: Any = None
+    micro: int = 0
+    micros: int = 1
+
+
+@dataclass(frozen=True)
+class Send:
+    """Ask, and go on without the answer."""
+
+    ask: Ask
+
+
+@dataclass(frozen=True)
+class Take:
+    """Wait for the next answer to what was sent: what was asked, and the answer."""
+
+    kind: str = "take"
 
 
 @dataclass(frozen=True)
@@ -112,8 +129,12 @@ class Process:
     def __init__(self, edge: Edge, hub: ModelHub) -> None:
         self._edge, self._hub = edge, hub
         self.welcome = hub.hello(edge.name)
-        self.asked: Ask | None = None
-        self._latest = Ask("session")
+        self.asked: Ask | Take | None = None
+        self._latest: Ask | Take = Ask("session")
+        #: what was sent in this try of a step and is not answered, and the answers that are not taken
+        self._sent: list[Ask] = []
+        self._got: list[tuple[Ask, object]] = []
+        self._try = 0
         self.mail: object = None
         self.ended: str | None = None
         self._parting = False
@@ -136,13 +157,22 @@ class Process:
         """A new session; what was asked in the old one fails."""
         self.welcome = self._hub.hello(self._edge.name)
         asked, self.asked = self.asked, None
-        if asked is not None and self.mail is None:
+        lost, self._sent = self._sent, []
+        self._got += [(ask, LinkLost("a new session")) for ask in lost]
+        if isinstance(asked, Take):
+            self.asked = asked
+            self._deliver()
+        elif asked is not None and self.mail is None:
             self.mail = self.welcome if asked.kind == "session" else LinkLost("a new session")
 
     def lose_mail(self) -> None:
         """What the hub answered last was still on its way when the hub ended."""
         if self.mail is not None and not self._parting and self._latest.kind not in ("pause", "session"):
             self.mail, self.asked = None, self._latest
+            self._sent += [ask for ask, _ in self._got]
+            self._got = []
+            if isinstance(self.asked, Take):
+                self._sent.append(Ask("lost"))
 
     def hear(self, version: int, round_: int) -> None:
         """A Pong."""
@@ -156,13 +186,41 @@ class Process:
     def _answered(self, value: object) -> None:
         self.asked, self.mail = None, value
 
+    def _deliver(self) -> None:
+        """Hand on an answer to what was sent, if one is waited for."""
+        if isinstance(self.asked, Take) and self.mail is None and self._got:
+            ask, value = self._got.pop(0)
+            self.mail, self.asked = value if isinstance(value, Exception) else (ask, value), None
+
+    def _send(self, ask: Ask) -> None:
+        if self.welcome.number != self._session:
+            self._got.append((ask, LinkLost("a new session")))
+            return
+        self._sent.append(ask)
+        if not self.lost:
+            try_ = self._try
+
+            def answered(value: object) -> None:
+                if try_ == self._try and ask in self._sent:
+                    self._sent.remove(ask)
+                    self._got.append((ask, value))
+                    self._deliver()
+
+            self._hub.ask(self.welcome.number, ask, answered)
+
     def _advance(self, mail: object) -> None:
         try:
             ask = self._run.throw(mail) if isinstance(mail, Exception) else self._run.send(mail)
+            while isinstance(ask, Send):
+                self._send(ask.ask)
+                ask = self._run.send(None)
         except StopIteration as stop:
             self.ended = stop.value
             return
         self.asked = self._latest = ask
+        if isinstance(ask, Take):
+            self._deliver()
+            return
         bound = ask.kind not in ("pause", "session", "where", "infer") and not self._parting
         if ask.kind == "pause":
             self._answered(True)
@@ -177,7 +235,7 @@ class Process:
 
     # -- the trainer ---------------------------------------------------------------------------------
 
-    def _trainer(self) -> Generator[Ask, Any, str]:
+    def _trainer(self) -> Generator[Ask | Send | Take, Any, str]:
         edge = self._edge
         try:
             self._begin(self.welcome)
@@ -192,7 +250,7 @@ class Process:
             yield Ask("leave", content=False)
         return why
 
-    def _rounds(self) -> Generator[Ask, Any, None]:
+    def _rounds(self) -> Generator[Ask | Send | Take, Any, None]:
         over, evaluated = False, -1
         while not over:
             standing = self._edge.standing
@@ -209,7 +267,7 @@ class Process:
     def _all_taken(self) -> bool:
         return self._edge.wanted is not None and self._edge.standing.steps >= self._edge.wanted
 
-    def _infer(self, content: str) -> Generator[Ask, Any, None]:
+    def _infer(self, content: str) -> Generator[Ask | Send | Take, Any, None]:
         while True:
             try:
                 yield Ask("infer", content=(0, content))
@@ -217,7 +275,7 @@ class Process:
             except LinkLost:
                 yield Ask("session")
 
-    def _one_step(self) -> Generator[Ask, Any, bool]:
+    def _one_step(self) -> Generator[Ask | Send | Take, Any, bool]:
         while True:
             yield from self._keep_up()
             if self._edge.standing.closes or self._all_taken():
@@ -231,12 +289,14 @@ class Process:
                 if error.code is ErrorCode.TRAINING_OVER:
                     self._load(max(self.welcome.version, self._pong[0]))
                     return True
-                if error.code is ErrorCode.BEHIND:
+                if error.code is ErrorCode.BEHIND and error.detail == ROUND_CLOSES:
+                    self._edge.standing = replace(self._edge.standing, closes=True)
+                elif error.code is ErrorCode.BEHIND:
                     yield from self._behind()
                 else:
                     raise
 
-    def _behind(self) -> Generator[Ask, Any, None]:
+    def _behind(self) -> Generator[Ask | Send | Take, Any, None]:
         while True:
             try:
                 welcome = yield Ask("where")
@@ -248,19 +308,42 @@ class Process:
         else:
             self._resume(welcome)
 
-    def _step(self) -> Generator[Ask, Any, None]:
+    def _step(self) -> Generator[Ask | Send | Take, Any, None]:
         edge = self._edge
         standing = edge.standing
         self._wait()
-        hidden = yield Ask("forward", standing.steps, Smashed(edge.name, standing.steps, standing.weights))
-        reply = yield Ask("gradient", standing.steps, Gradient(standing.steps, hidden))
-        weights = digest("step", standing.weights, hidden, reply.answer)
+        hiddens, replies = yield from self._micro_batches(standing)
+        reply = replies[-1]
+        weights = digest("step", standing.weights, hiddens, [given.answer for given in replies])
         edge.standing = replace(standing, steps=standing.steps + 1, weights=weights, tokens=True, closes=reply.closes)
         self._put(edge.standing, reply.checkpoint)
         # Here a kill may find the snapshot written or not.
         yield Ask("pause")
 
-    def _keep_up(self) -> Generator[Ask, Any, None]:
+    def _micro_batches(self, standing: Standing) -> Generator[Ask | Send | Take, Any, tuple[list[Hidden], list[Grad]]]:
+        """As `edge/pipeline.py`: forwards as far as the window goes, then whatever comes, each kind in order."""
+        edge, step, began = self._edge, standing.steps, 0
+        hiddens: list[Hidden] = []
+        replies: list[Grad] = []
+        self._try += 1
+        self._sent, self._got = [], []
+        while len(replies) < edge.micros:
+            if began < edge.micros and began - len(replies) < edge.window:
+                smashed = Smashed(edge.name, step, standing.weights, began)
+                yield Send(Ask("forward", step, smashed, began, edge.micros))
+                began += 1
+                continue
+            ask, value = yield Take()
+            if ask.kind == "forward":
+                assert ask.micro == len(hiddens), "hidden states come in order"
+                hiddens.append(value)
+                yield Send(Ask("gradient", step, Gradient(step, value), ask.micro, edge.micros))
+            else:
+                assert ask.micro == len(replies), "gradients come in order"
+                replies.append(value)
+        return hiddens, replies
+
+    def _keep_up(self) -> Generator[Ask | Send | Take, Any, None]:
         if self.welcome.number != self._session:
             self._resume((yield Ask("session")))
         version = max(self.welcome.version, self._pong[0])
@@ -268,7 +351,7 @@ class Process:
             self._load(version)
             self._begin_round(max(self._edge.standing.round, self._pong[1], self.welcome.round))
 
-    def _close_round(self) -> Generator[Ask, Any, bool]:
+    def _close_round(self) -> Generator[Ask | Send | Take, Any, bool]:
         while True:
             try:
                 return (yield from self._finish_round())
@@ -284,7 +367,7 @@ class Process:
             if self._edge.standing.steps != steps:
                 return False
 
-    def _finish_round(self) -> Generator[Ask, Any, bool]:
+    def _finish_round(self) -> Generator[Ask | Send | Take, Any, bool]:
         self._wait()
         standing, done = self._edge.standing, self._all_taken()
         if done:
@@ -378,8 +461,9 @@ class Process:
 class Edge:
     """What outlives the process: the name, the disk. `wanted`: steps to take in all; None: until the hub is done."""
 
-    def __init__(self, name: str, wanted: int | None, evaluates: bool) -> None:
+    def __init__(self, name: str, wanted: int | None, evaluates: bool, micros: int = 1, window: int = 16) -> None:
         self.name, self.wanted, self.evaluates = name, wanted, evaluates
+        self.micros, self.window = micros, window
         self.disk: dict[tuple[int, int], Standing] = {}
         self.standing = Standing(0, 0, 0, "")
         self.process: Process | None = None

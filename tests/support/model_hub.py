@@ -22,6 +22,12 @@ from tests.support.model_edge import Adapter, Ask, Grad, Gradient, Hidden, Publi
 _TRAINING = (act.RunForward, act.RunBackward, act.CloseRound)
 
 
+def shape_of(content: object) -> tuple[int, int]:
+    """Rows and columns of a request for inference: those that read with stream 2 send wide ones."""
+    stream, pick = content  # type: ignore[misc]
+    return (1 + pick % 3, 40 * (pick % 9) + 1) if stream == 2 else (1, 1)
+
+
 @dataclass
 class Seat:
     """A session, by its seat; `number` is that of the process that sits there."""
@@ -31,7 +37,7 @@ class Seat:
     name: str
     train: bool
     applied: int = 0
-    forwarded: int = 0
+    forwarded: tuple[int, int] = (0, 0)
     silent: bool = False
     left: bool = False
     #: its next request
@@ -69,15 +75,19 @@ class Engine:
 
     weights: str = "initial"
     log: tuple[tuple[str, ...], ...] = ()
-    pending: dict[int, Hidden] = field(default_factory=dict)
+    #: the joined step: hiddens by micro-batch and session, gradients by session and micro-batch
+    pending: dict[int, dict[int, Hidden]] = field(default_factory=dict)
+    given: dict[int, dict[int, tuple[Smashed, object]]] = field(default_factory=dict)
     caches: set[tuple[int, int]] = field(default_factory=set)
+    #: columns computed of requests of which a part is missing
+    parts: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class ModelHub:
     """`hello`, `ask` and `finish` are what happens to it; `kill` and `stop` end it and begin it anew."""
 
-    def __init__(self, cohort: int, round_steps: int, rounds: int) -> None:
-        self.cohort, self.round_steps, self.rounds = cohort, round_steps, rounds
+    def __init__(self, cohort: int, round_steps: int, rounds: int, quorum: int = 0) -> None:
+        self.cohort, self.round_steps, self.rounds, self.quorum = cohort, round_steps, rounds, quorum
         self._numbers = count(1)
         #: published adapters by version
         self.published = {0: "initial"}
@@ -92,7 +102,7 @@ class ModelHub:
     def _begin(self) -> None:
         point, self.writing = self.durable, []
         self.starts += 1
-        state = State(self.cohort, self.round_steps, self.rounds)
+        state = State(self.cohort, self.round_steps, self.rounds, self.quorum, chunk=50)
         if point is not None:
             state.hub_step, state.round = point.hub_step, point.round
             state.round_step, state.version = point.round_step, point.version
@@ -109,9 +119,13 @@ class ModelHub:
         #: who took a step in the open round, or was restored as one who did
         self.trained: set[int] = set()
         self.uploaded: set[int] = set()
-        #: the latest answers that stand for a step, by seat
-        self.grads: dict[int, tuple[int, object, int, bool]] = {}
-        self.hiddens: dict[tuple[int, int], Hidden] = {}
+        #: the joined step under way: how many micro-batches each seat has in it
+        self.stepping: dict[int, int] = {}
+        #: the deadline that runs
+        self.deadline: int | None = None
+        #: the latest answers that stand for a step, by seat and micro-batch
+        self.grads: dict[tuple[int, int], tuple[int, object, int, bool]] = {}
+        self.hiddens: dict[tuple[int, int, int], Hidden] = {}
         self._passed_training = self._passed_inference = 0
         self.seen = (state.version, state.round, state.hub_step)
         self.overfull = False
@@ -125,21 +139,28 @@ class ModelHub:
             if note.left and not note.contributes:
                 continue
             applied, number = self.applied.get(note.key, 0), next(self._numbers)
-            self.seats[number] = Seat(number, number, note.key, True, applied, applied)
+            self.seats[number] = Seat(number, number, note.key, True, applied, (applied, 0))
             member = state.members[number] = Member(number, note.key, applied, contributes=note.contributes)
             if note.contributes:
                 self.trained.add(number)
             known = answers.get(note.key)
-            if known is not None and known.grad.step == applied - 1:
-                member.hiddens, member.grad = {known.grad.step: known.hidden}, known.grad
-                assert isinstance(known.hidden.answer, Hidden)
-                self.hiddens[number, known.grad.step] = known.hidden.answer
-                given = known.grad
-                self.grads[number] = (given.step, given.answer, given.hub_step, given.closes)
+            if known is not None and known.taken.step == applied - 1:
+                taken = known.taken
+                member.hiddens, member.taken = {taken.step: dict(known.hiddens)}, taken
+                for micro, given in known.hiddens.items():
+                    assert isinstance(given.answer, Hidden)
+                    self.hiddens[number, taken.step, micro] = given.answer
+                self._note_taken(number, taken.step, dict(taken.answers), taken.hub_step, taken.closes)
         if state.members and point.gathered and state.phase is Phase.GATHERING:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
         # Everybody was gone when the hub stopped: who comes now takes one more step and closes the round.
         self.overfull = state.phase is Phase.GATHERING and state.round_step >= state.round_steps
+
+    def _note_taken(self, seat: int, step: int, answers: dict[int, object], hub_step: int, closes: bool) -> None:
+        """What an edge is told of a step that is applied: only the last micro-batch's answer says what came of it."""
+        for micro, answer in answers.items():
+            last = micro == len(answers) - 1
+            self.grads[seat, micro] = (step, answer, hub_step if last else 0, closes and last)
 
     def kill(self, written: int, published: bool) -> None:
         """kill -9: `written` of the checkpoints under way reach the disk; `published`: so does that of a round."""
@@ -157,14 +178,14 @@ class ModelHub:
         if self.computing is not None:
             self.finish()
         assert self.computing is None, "a hub that stops begins nothing"
-        self.durable = self._point(stopping=True)
+        self.durable = self._point()
         self._begin()
 
-    def _point(self, stopping: bool = False) -> Point:
+    def _point(self) -> Point:
         """As `Ledger.progress`."""
         state = self.scheduler.state
         here = [(m, self.seats[m.session]) for m in state.members.values() if m.session in self.seats]
-        answered = [answered_of(member, seat.name) for member, seat in here] if stopping else []
+        answered = [answered_of(member, seat.name) for member, seat in here]
         return Point(
             state.hub_step, state.round, state.round_step, state.version, dict(self.applied),
             tuple(MemberNote(seat.name, (1, 1), member.contributes, member.left) for member, seat in here),
@@ -250,19 +271,20 @@ class ModelHub:
         self.open[seat.seat, request] = Asked(ask, number, reply)
         match ask.kind:
             case "forward":
-                again = ask.number < seat.forwarded
-                seat.forwarded = max(seat.forwarded, ask.number + 1)
+                again = (ask.number, ask.micro) < seat.forwarded
+                seat.forwarded = max(seat.forwarded, (ask.number, ask.micro + 1))
                 same = digest(ask.content).encode() if again else b""
-                self.tell(ev.SmashedReceived(seat.seat, request, ask.number, ask.content, same))
+                asked = (ask.number, ask.content, same, ask.micro, ask.micros)
+                self.tell(ev.SmashedReceived(seat.seat, request, *asked))
             case "gradient":
-                self.tell(ev.GradientReceived(seat.seat, request, ask.number, ask.content))
+                self.tell(ev.GradientReceived(seat.seat, request, ask.number, ask.content, ask.micro))
             case "await":
                 if ask.number < self.scheduler.state.round:
                     # It missed a publication, and goes on from that: its steps since then are in no adapter of it.
                     self.trained -= {seat.seat} - self.uploaded
                 self.tell(ev.RoundAwaited(seat.seat, request, ask.number))
             case _:
-                self.tell(ev.InferReceived(seat.seat, request, ask.content))
+                self.tell(ev.InferReceived(seat.seat, request, ask.content, *shape_of(ask.content)))
 
     def _leave(self, seat: Seat, done: bool) -> None:
         seat.left = True
@@ -283,6 +305,12 @@ class ModelHub:
             self._due = False
             self.tell(ev.CheckpointDue())
 
+    def deadline_passes(self) -> None:
+        """The time to gather for a joined step is over."""
+        if self.deadline is not None:
+            gathering, self.deadline = self.deadline, None
+            self.tell(ev.DeadlinePassed(gathering))
+
     def written(self) -> None:
         """The oldest checkpoint under way is on the disk."""
         if self.writing:
@@ -298,16 +326,19 @@ class ModelHub:
             case act.RunForward():
                 rows = [(s, p) for s, p in action.payloads if s != bad]
                 joined = digest(engine.weights, rows_of(rows))
-                engine.pending = {s: Hidden(joined, p) for s, p in rows}
-                answers: dict[int, object] = {s: engine.pending.get(s, bad_one) for s, _ in action.payloads}
+                hiddens = engine.pending[action.micro] = {s: Hidden(joined, p) for s, p in rows}
+                answers: dict[int, object] = {s: hiddens.get(s, bad_one) for s, _ in action.payloads}
                 digests = {s: digest(p).encode() for s, p in action.payloads}
-                self.hiddens |= {(s, hidden.rows.step): hidden for s, hidden in engine.pending.items()}
+                self.hiddens |= {(s, hidden.rows.step, action.micro): hidden for s, hidden in hiddens.items()}
                 self.tell(ev.ForwardDone(answers, digests))
             case act.RunBackward():
-                self._step(action, bad, bad_one)
+                self._backward(action, bad, bad_one)
+            case act.ApplyStep():
+                self._step(action)
             case act.RunInfer():
                 engine.caches |= {(s, p[0]) for s, _, p in action.requests if p[0]}  # type: ignore[index]
-                self.tell(ev.InferDone(tuple((s, r, digest("x", p)) for s, r, p in action.requests)))
+                whole = [(s, r, p) for s, r, p in action.requests if self._computed(action, s, r, p)]
+                self.tell(ev.InferDone(tuple((s, r, digest("x", p)) for s, r, p in whole)))
             case act.CloseRound():
                 self._save_round(action)
                 self.writing, self._due = [], True
@@ -317,28 +348,61 @@ class ModelHub:
             case act.FreeStreams():
                 for session, stream in action.streams:
                     engine.caches -= {at for at in engine.caches if at[0] == session and stream in (0, at[1])}
+                    gone = [at for at in engine.parts if at[0] == session and stream == 0]
+                    engine.parts = {at: have for at, have in engine.parts.items() if at not in gone}
                 self.tell(ev.HousekeepingDone())
 
-    def _step(self, action: act.RunBackward, bad: int | None, bad_one: Exception) -> None:
+    def _computed(self, action: act.RunInfer, session: int, request: int, content: object) -> bool:
+        """Compute columns of a request, as far as is asked; whether it is whole then."""
+        rows, columns = shape_of(content)
+        have, upto = self.engine.parts.pop((session, request), 0), action.upto.get((session, request), columns)
+        assert have < upto <= columns, "each piece of a request goes on where the one before ended"
+        assert rows * (upto - have) <= 4 * self.scheduler.state.chunk, "no piece is larger than four chunks"
+        if upto < columns:
+            self.engine.parts[session, request] = upto
+        return upto == columns
+
+    def _backward(self, action: act.RunBackward, bad: int | None, bad_one: Exception) -> None:
+        engine, micro, answers = self.engine, action.micro, {}
+        for session, gradient in action.gradients.items():
+            hidden = engine.pending[micro][session]
+            if session == bad:
+                answers[session] = bad_one
+                continue
+            answers[session] = digest("grad", engine.weights, gradient)
+            engine.given.setdefault(session, {})[micro] = (hidden.rows, gradient)
+            self.grads[session, micro] = (hidden.rows.step, answers[session], 0, False)
+        self.tell(ev.BackwardDone(answers))
+
+    def _step(self, action: act.ApplyStep) -> None:
         engine, state = self.engine, self.scheduler.state
-        good = {s: g for s, g in action.gradients.items() if s != bad}
-        answers: dict[int, object] = {s: digest("grad", engine.weights, g) for s, g in good.items()}
-        if good:
-            inside = [(engine.pending[s].rows, good[s]) for s in engine.pending if s in good]
+        if action.sessions:
+            inside = [sorted(engine.given[s].items()) for s in action.sessions]
             engine.weights = digest(engine.weights, inside)
-            engine.log = (*engine.log, tuple(rows.name for rows, _ in inside))
-        closes = state.round_step + bool(good) >= self.round_steps
-        for session in good:
-            rows, seat = engine.pending[session].rows, self.seats.get(session)
+            engine.log = (*engine.log, tuple(parts[0][1][0].name for parts in inside))
+        closes = state.round_step + bool(action.sessions) >= self.round_steps
+        for session in action.sessions:
+            rows, seat = engine.given[session][0][0], self.seats.get(session)
             assert rows.step == self.applied.get(rows.name, 0), "an edge's steps are applied once each, in order"
             self.applied[rows.name] = rows.step + 1
             if seat is not None:
                 seat.applied = rows.step + 1
-                self.grads[session] = (rows.step, answers[session], len(engine.log), closes)
+                answers = {micro: self.grads[session, micro][1] for micro in engine.given[session]}
+                self._note_taken(session, rows.step, answers, len(engine.log), closes)
                 if not seat.silent and not seat.left:
                     self.trained.add(session)
-        engine.pending = {}
-        self.tell(ev.BackwardDone({s: answers.get(s, bad_one) for s in action.gradients}))
+        engine.pending, engine.given, self.stepping = {}, {}, {}
+        self._catch_up()
+        self.tell(ev.StepApplied(action.sessions))
+
+    def _catch_up(self) -> None:
+        """As `Seating.catch_up`: who gave up its seat while its step was applied, and took another."""
+        for seat in self.seats.values():
+            if seat.train:
+                seat.applied = self.applied.get(seat.name, 0)
+                member = self.scheduler.state.members.get(seat.seat)
+                if member is not None:
+                    member.applied = max(member.applied, seat.applied)
 
     def _save_round(self, action: act.CloseRound) -> None:
         """As `Keeper._merge`: the adapter and the checkpoint are on the disk before anyone hears of them."""
@@ -361,32 +425,42 @@ class ModelHub:
             match action:
                 case act.Note():
                     pass
-                case act.RunForward() | act.RunBackward() | act.RunInfer() | act.CloseRound() | act.FreeStreams():
+                case act.StartDeadline():
+                    self.deadline = action.gathering
+                case act.RunForward() | act.RunBackward() | act.ApplyStep() | act.RunInfer():
+                    self._started(action, gathering)
+                case act.CloseRound() | act.FreeStreams():
                     self._started(action, gathering)
                 case _:
                     refused = isinstance(action, act.Refuse) and (action.session, action.request) == request
-                    if refused:
+                    # A micro-batch with other bytes than before: that it takes its step out is the point.
+                    anew = isinstance(event, ev.SmashedReceived) and event.micro > 0
+                    if refused and not anew:
                         assert repr(self.scheduler.state) == before, "what is refused changes nothing"
                     self._answer(action, isinstance(event, ev.ForwardDone | ev.BackwardDone))
 
     def _answer(self, action: act.Action, computed: bool) -> None:
-        assert not isinstance(action, act.Note | act.Compute)
+        assert not isinstance(action, act.Note | act.StartDeadline | act.Compute)
         asked = self.open.pop((action.session, action.request), None)
         assert asked is not None, "every request is answered once, and nobody is who was killed or is gone"
         seat, ask, value = self.seats[action.session], asked.ask, None
         assert seat.number == asked.number, "no answer to one process reaches the next"
         match action:
             case act.Refuse():
-                value = HubError(action.code, action.text)
+                value = HubError(action.code, action.text, action.detail)
             case act.AnswerForward(answer=Hidden() as hidden):
-                assert (ask.kind, ask.number) == ("forward", action.step), "an answer fits its question"
+                question = (ask.kind, ask.number, ask.micro)
+                assert question == ("forward", action.step, action.micro), "an answer fits its question"
                 assert hidden.rows == ask.content, "other bytes are never answered from the record"
-                assert hidden == self.hiddens[action.session, action.step], "the same bytes are answered as before"
+                assert hidden == self.hiddens[action.session, *question[1:]], "the same bytes are answered as before"
                 value = hidden
             case act.AnswerBackward(answer=str()):
-                assert (ask.kind, ask.number) == ("gradient", action.step), "an answer fits its question"
+                question = (ask.kind, ask.number, ask.micro)
+                assert question == ("gradient", action.step, action.micro), "an answer fits its question"
                 given = (action.step, action.answer, action.hub_step, action.round_closes)
-                assert given == self.grads[action.session], "a gradient is answered as it was applied"
+                assert given == self.grads[action.session, action.micro], "a gradient is answered as it was applied"
+                last = action.micro == ask.micros - 1
+                assert not last or action.step < seat.applied, "the last is answered when the step is applied"
                 value = Grad(action.answer, action.hub_step, action.round_closes, self.begun.get(seat.name, 0))
             case act.AnswerForward() | act.AnswerBackward():
                 assert computed, "a failure is told once, by the computation that failed"
@@ -417,6 +491,8 @@ class ModelHub:
                 self._check_forward(action, gathering)
             case act.RunBackward():
                 self._check_backward(action)
+            case act.ApplyStep():
+                self._check_apply(action)
             case act.CloseRound():
                 self._check_round(action)
             case act.FreeStreams():
@@ -431,7 +507,9 @@ class ModelHub:
         state = self.scheduler.state
         if isinstance(action, act.RunInfer):
             self._passed_inference = 0
-            self._passed_training = self._passed_training + 1 if training_is_ready(state) else 0
+            # The pieces of a request are one turn.
+            turn = not any(0 < wide.have < wide.columns for wide in state.wide.values())
+            self._passed_training = self._passed_training + turn if training_is_ready(state) else 0
         elif isinstance(action, _TRAINING):
             self._passed_training = 0
             self._passed_inference = self._passed_inference + 1 if state.infers else 0
@@ -441,25 +519,49 @@ class ModelHub:
     def _check_forward(self, action: act.RunForward, gathering: bool) -> None:
         wanted = [s for s in self.seats.values() if s.train and not s.left and not s.silent]
         order = [seat.seat for seat in sorted(wanted, key=lambda seat: (seat.name, seat.seat))]
-        assert [s for s, _ in action.payloads] == order, "each active member is in a forward once, by name; nobody else"
-        assert not gathering or len(order) >= self.cohort, "the first step waits for the cohort"
+        joined = [session for session, _ in action.payloads]
+        if action.micro:
+            assert not action.checkpoint, "a checkpoint is taken between two steps"
+            assert joined == [s for s in self.stepping if s in joined], "rows keep their order"
+            assert all(self.stepping[s] > action.micro for s in joined), "nobody has more micro-batches than it said"
+        elif self.quorum and len(joined) < len(order):
+            assert joined == [s for s in order if s in joined], "rows are by name"
+            assert len(joined) >= self.quorum, "less than a quorum waits for the others"
+        else:
+            assert joined == order, "each active member is in a forward once, by name; nobody else"
+            assert not gathering or len(order) >= self.cohort, "the first step waits for the cohort"
         for session, payload in action.payloads:
-            asked = [a.ask for (s, _), a in self.open.items() if s == session and a.ask.kind == "forward"]
+            asked = self._asked(session, "forward", action.micro)
             assert [a.content for a in asked] == [payload], "what is joined is what the live process asks"
             assert isinstance(payload, Smashed)
             assert payload.step == self.seats[session].applied, "the step that is joined is the next one"
+            if not action.micro:
+                self.stepping[session] = asked[0].micros
         if action.checkpoint:
             self.begun = dict(self.applied)
             self.writing.append(self._point())
 
+    def _asked(self, session: int, kind: str, micro: int) -> list[Ask]:
+        asks = [asked.ask for (seat, _), asked in self.open.items() if seat == session]
+        return [ask for ask in asks if (ask.kind, ask.micro) == (kind, micro)]
+
     def _check_backward(self, action: act.RunBackward) -> None:
         for session, gradient in action.gradients.items():
             assert isinstance(gradient, Gradient)
-            assert gradient.step == self.engine.pending[session].rows.step, "a gradient is of the pending forward"
-            asked = [a.ask for (s, _), a in self.open.items() if s == session and a.ask.kind == "gradient"]
+            pending = self.engine.pending[action.micro][session]
+            assert gradient.step == pending.rows.step, "a gradient is of the pending forward"
+            asked = self._asked(session, "gradient", action.micro)
             assert [a.content for a in asked] == [gradient], "what is applied is what the live process asks"
             if not self.seats[session].name.startswith("rogue"):
-                assert gradient.hidden == self.engine.pending[session], "a gradient is of the rows it was asked for"
+                assert gradient.hidden == pending, "a gradient is of the rows it was asked for"
+
+    def _check_apply(self, action: act.ApplyStep) -> None:
+        assert list(action.sessions) == [s for s in self.stepping if s in action.sessions], "rows keep their order"
+        for session in action.sessions:
+            given = sorted(self.engine.given[session])
+            assert given == list(range(self.stepping[session])), "a step counts wholly or not at all"
+            rows = [rows for rows, _ in self.engine.given[session].values()]
+            assert rows[0].name == "rogue" or len({part.weights for part in rows}) == 1, "all of it is of one try"
 
     def _check_round(self, action: act.CloseRound) -> None:
         state = self.scheduler.state
@@ -484,10 +586,13 @@ def training_is_ready(state: State) -> bool:
     """Whether a training action could begin."""
     match state.phase:
         case Phase.FORWARD:
-            return bool(state.active) and all(member.smashed for member in state.active)
-        case Phase.BACKWARD:
-            inside = [state.members[s] for s in state.joined if s in state.members]
-            return all(m.gradient or not m.active for m in inside if m.inside is not None)
+            here = [0 in member.smashed for member in state.active]
+            return bool(here) and (all(here) or (state.deadline_over and 0 < state.quorum <= sum(here)))
+        case Phase.STEPPING:
+            forward, backward = state.forwards, state.backwards
+            given = [backward in m.gradients for m in state.inside if m.micros > backward]
+            sent = [forward in m.smashed for m in state.inside if m.micros > forward]
+            return (backward < forward and all(given)) or (bool(sent) and all(sent))
         case Phase.CLOSING:
             return all(member.upload for member in state.members.values() if member.contributes)
     return False

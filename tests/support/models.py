@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from threading import Condition, Thread
 from typing import Any, Protocol
 
@@ -19,9 +20,10 @@ from blocks.partition import Partition
 from blocks.remote import build_edge, remote_of
 from blocks.surgery import CutModel, load
 from blocks.weights import StateDictSource
+from edge.middle import Part
 from hub.engine import Engine, EngineSettings
 from hub.jobs import InferItem, Outcome, Place, StepItem
-from messaging.messages import Tensor
+from messaging.messages import MOST_MICRO_BATCHES, AnyMessage, StepGrad, StepHidden, Tensor
 
 LAYERS = 6
 VOCAB = 120
@@ -117,8 +119,8 @@ class Hub(Protocol):
     def step_forward(self, item: StepItem) -> Outcome:
         """See Engine."""
 
-    def step_backward(self, session: int, grad: Tensor) -> Outcome:
-        """See Engine."""
+    def step_backward(self, session: int, grad: Tensor, micro: int, last: bool) -> Outcome:
+        """See Engine; after the last micro-batch the step is applied."""
 
 
 class Alone:
@@ -133,11 +135,14 @@ class Alone:
 
     def step_forward(self, item: StepItem) -> Outcome:
         """See Hub."""
-        return self.engine.step_forward([item])[item.session]
+        return self.engine.step_forward([item], item.micro)[item.session]
 
-    def step_backward(self, session: int, grad: Tensor) -> Outcome:
+    def step_backward(self, session: int, grad: Tensor, micro: int, last: bool) -> Outcome:
         """See Hub."""
-        return self.engine.step_backward({session: grad})[session]
+        answer = self.engine.step_backward({session: grad}, micro)[session]
+        if last:
+            self.engine.apply_step([] if isinstance(answer, Exception) else [session])
+        return answer
 
 
 class Together:
@@ -158,8 +163,9 @@ class Together:
         """See Hub."""
         return self._ask(item.session, "forward", item)
 
-    def step_backward(self, session: int, grad: Tensor) -> Outcome:
+    def step_backward(self, session: int, grad: Tensor, micro: int, last: bool) -> Outcome:
         """See Hub."""
+        assert (micro, last) == (0, True), "one micro-batch each"
         return self._ask(session, "backward", grad)
 
     def run(self, jobs: dict[int, Callable[[], Any]]) -> dict[int, Any]:
@@ -203,7 +209,9 @@ class Together:
         elif kind == "forward":
             self._answers |= self.engine.step_forward(items)
         else:
-            self._answers |= self.engine.step_backward(dict(zip(asked, items, strict=True)))
+            answers = self.engine.step_backward(dict(zip(asked, items, strict=True)))
+            self.engine.apply_step([session for session in asked if not isinstance(answers[session], Exception)])
+            self._answers |= answers
         self._changed.notify_all()
 
 
@@ -214,8 +222,8 @@ class LocalMiddle:
         self.hub, self.session = hub, session
         self.place = Place(partition.p, partition.leave(hub.engine.num_layers))
         self.version, self._streams, self._requests = 0, 0, 0
-        #: target tokens of the step under way; set by whoever trains
-        self.tokens = 0
+        #: the dtype on the wire; None: that of the tensors
+        self.wire: str | None = None
         #: layouts of all inference so far
         self.layouts: list[Layout] = []
 
@@ -229,16 +237,31 @@ class LocalMiddle:
     def infer(self, smashed: torch.Tensor, layout: Layout, stream: int, order: tuple[int, ...]) -> torch.Tensor:
         self.layouts.append(layout)
         self._requests += 1
-        wire = to_wire(smashed.clone())
-        item = InferItem(self.session, self._requests, stream, self.place, self.version, layout, order, wire)
+        sent = to_wire(smashed.clone(), self.wire)
+        item = InferItem(self.session, self._requests, stream, self.place, self.version, layout, order, sent)
         return _tensor(self.hub.infer(item), smashed)
 
-    def step_forward(self, smashed: torch.Tensor, layout: Layout) -> torch.Tensor:
-        item = StepItem(self.session, self.place, layout, self.tokens, to_wire(smashed.clone()))
-        return _tensor(self.hub.step_forward(item), smashed)
+    def send_smashed(self, part: Part, smashed: torch.Tensor, layout: Layout) -> Future[AnyMessage]:
+        states = to_wire(smashed.detach().clone(), self.wire)
+        item = StepItem(self.session, self.place, layout, part.tokens, states, part.micro, part.micros)
+        return _answered(self.hub.step_forward(item), lambda hidden: StepHidden(part.step, hidden, part.micro))
 
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        return _tensor(self.hub.step_backward(self.session, to_wire(grad_hidden)), grad_hidden)
+    def send_gradient(self, part: Part, gradient: torch.Tensor) -> Future[AnyMessage]:
+        last = part.micro == part.micros - 1
+        outcome = self.hub.step_backward(self.session, to_wire(gradient.clone(), self.wire), part.micro, last)
+        return _answered(outcome, lambda grad: StepGrad(part.step, 0, 0, 0, grad, part.micro))
+
+    def may_be_under_way(self, smashed: torch.Tensor) -> int:
+        return MOST_MICRO_BATCHES
+
+
+def _answered(outcome: Outcome, word: Callable[[Tensor], AnyMessage]) -> Future[AnyMessage]:
+    future: Future[AnyMessage] = Future()
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(word(outcome))
+    return future
 
 
 def _tensor(outcome: Outcome, like: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import get_peft_model
@@ -16,7 +17,10 @@ from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.partition import Partition
-from blocks.remote import remote_of
+from edge.data import Batch as EdgeBatch
+from edge.middle import HubMiddle
+from edge.noise import GaussianNoise
+from edge.pipeline import Pipeline, split
 from hub.aggregate import Contribution
 from hub.engine import Engine
 from tests.support.models import VOCAB, Hub, make_edge, make_schedule, middle_of
@@ -108,15 +112,16 @@ class TrainingEdge:
         adapters.inject(self.cut, spec)
         adapters.write(self.cut, start)
         self.optimizer = AdapterOptimizer(adapters.parameters(self.cut), schedule or make_schedule())
+        self._steps = 0
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, micros: int = 1, window: int = 16) -> float:
         """One step; returns the mean loss."""
-        remote_of(self.cut).learning = True
-        middle_of(self.cut).tokens = batch.tokens
-        loss = summed_loss(self.cut.model, batch)
-        loss.backward()
+        pipeline = Pipeline(self.cut, cast(HubMiddle, middle_of(self.cut)), GaussianNoise(0.0, b""), window)
+        whole = EdgeBatch(batch.ids, batch.labels, batch.mask, None, batch.tokens)
+        taken = pipeline.step(self._steps, split(whole, micros), lambda: None)
+        self._steps += 1
         self.optimizer.step(batch.tokens)
-        return float(loss.detach()) / batch.tokens
+        return taken.loss / batch.tokens
 
     def contribution(self, tokens: int) -> Contribution:
         """What it uploads when a round closes."""

@@ -1,9 +1,14 @@
-"""A TCP relay that counts the bytes that pass: what crosses the socket, not what somebody computed."""
+"""A TCP relay that counts the bytes that pass: what crosses the socket, not what somebody computed.
+
+It can hold what passes, as a longer link does.
+"""
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,10 +16,11 @@ from messaging.joining import JoinString
 
 
 class Relay:
-    """Listens on ports of its own and passes everything on to the hub's."""
+    """Listens on ports of its own and passes everything on to the hub's, each way half of `round_trip_s` later."""
 
-    def __init__(self, join: str) -> None:
+    def __init__(self, join: str, round_trip_s: float = 0.0) -> None:
         ticket = JoinString.parse(join)
+        self._delay_s = round_trip_s / 2
         self._lock = threading.Lock()
         self.to_hub = 0
         self.to_edge = 0
@@ -49,15 +55,42 @@ class Relay:
                 far = socket.create_connection((host, port))
                 for sock in (near, far):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pass, args=(near, far, "to_hub"), daemon=True).start()
-                threading.Thread(target=self._pass, args=(far, near, "to_edge"), daemon=True).start()
+                for way in ((near, far, "to_hub"), (far, near, "to_edge")):
+                    target = self._pass_later if self._delay_s else self._pass
+                    threading.Thread(target=target, args=way, daemon=True).start()
+
+    def _count(self, counter: str, data: bytes) -> None:
+        with self._lock:
+            setattr(self, counter, getattr(self, counter) + len(data))
 
     def _pass(self, source: socket.socket, target: socket.socket, counter: str) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                with self._lock:
-                    setattr(self, counter, getattr(self, counter) + len(data))
+                self._count(counter, data)
                 target.sendall(data)
-        for sock in (source, target):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        _end(source, target)
+
+    def _pass_later(self, source: socket.socket, target: socket.socket, counter: str) -> None:
+        """Reads at once and writes when the delay is over: what comes in a row is not held one after the other."""
+        held: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._write, args=(held, source, target), daemon=True).start()
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._count(counter, data)
+                held.put((time.monotonic() + self._delay_s, data))
+        held.put((time.monotonic() + self._delay_s, b""))
+
+    def _write(
+        self, held: queue.SimpleQueue[tuple[float, bytes]], source: socket.socket, target: socket.socket
+    ) -> None:
+        with suppress(OSError):
+            while (item := held.get())[1]:
+                time.sleep(max(item[0] - time.monotonic(), 0.0))
+                target.sendall(item[1])
+        _end(source, target)
+
+
+def _end(*sockets: socket.socket) -> None:
+    for sock in sockets:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)

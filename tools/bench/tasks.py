@@ -11,12 +11,14 @@ from tools.bench.processes import peak_bytes
 _held: dict[str, Any] = {}
 
 
-def connect(join: str, state: str, noise: float, model: str | None = None) -> int:
-    """Join as an edge at 1:1; returns the bytes of the edge's own tensors."""
+def connect(join: str, state: str, noise: float, model: str | None = None, wire: str | None = None) -> int:
+    """Join as an edge at 1:1, leaving a hub joined before; returns the bytes of the edge's own tensors."""
     import edge
 
+    close_all()
+
     torch = _torch()
-    split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model)
+    split = edge.connect(join, state=state, noise=noise, partition="1:1", model=model, wire=wire)
     split.generation_config.eos_token_id = None
     _held["split"] = split
     tensors = [*split.parameters(), *split.buffers()]
@@ -45,6 +47,50 @@ def decode(who: str, tokens: int, prompt: int = 32) -> float:
     seconds = time.perf_counter() - started
     assert out.shape[1] == prompt + tokens
     return seconds
+
+
+def decode_cpu(tokens: int) -> float:
+    """CPU seconds of this process, all its threads, for one token of the split model."""
+    decode("split", tokens)
+    started = time.process_time()
+    decode("split", tokens)
+    return (time.process_time() - started) / tokens
+
+
+def at_context(length: int, tokens: int, naive: bool) -> float:
+    """Seconds for one token behind a context of `length`; naive: nobody keeps keys and values."""
+    torch = _torch()
+    model, ids = _held["split"], _ids(1, length + tokens)
+    with torch.no_grad():
+        cache = None if naive else model(ids[:, : length - 1], use_cache=True, logits_to_keep=1).past_key_values
+        started = time.perf_counter()
+        for last in range(length, length + tokens):
+            if naive:
+                model(ids[:, :last], use_cache=False, logits_to_keep=1)
+            else:
+                model(ids[:, last - 1 : last], past_key_values=cache, use_cache=True)
+    return (time.perf_counter() - started) / tokens
+
+
+def decoding(**arguments: Any) -> dict[str, Any]:
+    """Seconds of the hub's engine alone, and of the unsplit blocks; see alone.py."""
+    from tools.bench import alone
+
+    return alone.decoding(**arguments)
+
+
+def kv_memory(**arguments: Any) -> float:
+    """What a session costs the hub; see alone.py."""
+    from tools.bench import alone
+
+    return alone.memory(**arguments)
+
+
+def waiting(**arguments: Any) -> dict[str, float]:
+    """How long a token takes beside prompts; see waiting.py."""
+    from tools.bench import waiting
+
+    return waiting.waiting(**arguments)
 
 
 def prefill(who: str, tokens: int) -> float:
@@ -158,6 +204,77 @@ def hub_part_step(count: int) -> float:
     return float(_held["hub_part"].step(count))
 
 
+def wire_dtypes(**arguments: Any) -> Any:
+    """What another dtype on the wire does to logits, losses or speed; see int8.py."""
+    from tools.bench import int8
+
+    return int8.TASKS[arguments.pop("what")](**arguments)
+
+
+def teach_summaries(**arguments: Any) -> float:
+    """Write a model that summarises; see drafting.py."""
+    from tools.bench import drafting
+
+    _torch()
+    return drafting.teach_summaries(**arguments)
+
+
+def summarise(**arguments: Any) -> list[dict[str, Any]]:
+    """Summaries of dialogues by the split model; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.summarise(_held["split"], **arguments)
+
+
+def draft_random(**arguments: Any) -> float:
+    """Seconds of tokens after random ones; see drafting.py."""
+    from tools.bench import drafting
+
+    return drafting.draft_random(_held["split"], **arguments)
+
+
+def train_peak(**arguments: Any) -> dict[str, Any]:
+    """What an edge that trains needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_peak(**arguments)
+
+
+def train_unsplit_peak(**arguments: Any) -> dict[str, Any]:
+    """What unsplit training needs; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.train_unsplit_peak(**arguments)
+
+
+def quantized_quality(**arguments: Any) -> dict[str, Any]:
+    """What fewer bits cost; see edge_memory.py."""
+    from tools.bench import edge_memory
+
+    return edge_memory.quantized_quality(**arguments)
+
+
+def pipelined_steps(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of training steps in micro-batches; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.steps(**arguments)
+
+
+def gradients_by_edge(**arguments: Any) -> dict[str, list[float]]:
+    """Seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.by_edge(**arguments)
+
+
+def layers_again(**arguments: Any) -> dict[str, Any]:
+    """Bytes and seconds of the hub's work; see pipeline.py."""
+    from tools.bench import pipeline
+
+    return pipeline.layers_again(**arguments)
+
+
 def close_all() -> None:
     """Leave the hub."""
     split = _held.pop("split", None)
@@ -180,7 +297,10 @@ def _ids(rows: int, width: int) -> Any:
 TASKS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves,
+        connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
+        teach_summaries, summarise, draft_random, train_peak, train_unsplit_peak, quantized_quality,
+        decode_cpu, at_context, decoding, kv_memory, waiting,
+        pipelined_steps, gradients_by_edge, layers_again,
     )
 }  # fmt: skip

@@ -173,12 +173,13 @@ def _stock_curve(
 
 def _options(
     join: str, state: str, model: str, data: str, held_out: str | None, *,
-    batch: int, seq: int, noise: float, steps: int,
+    batch: int, seq: int, noise: float, steps: int, micro_batches: str = "1",
 ) -> JoinOptions:  # fmt: skip
     settings: dict[str, Any] = {
         "join": join, "data": [Path(data)], "held_out": [Path(held_out)] if held_out else [], "model": model,
         "partition": "1:1", "profile": None, "noise": noise, "batch": batch, "seq": seq, "lr": None,
         "steps": steps, "state": Path(state), "name": "bench", "device": "cpu", "share_loss": False,
         "headless": False, "seed": 0,
+        "micro_batches": micro_batches,
     }  # fmt: skip
     return JoinOptions(**settings)

@@ -44,7 +44,7 @@ def narrow() -> None:
 
     hub.streams._IDLE_S = 0.0
     # Five layers, keys and values of 64 numbers each, float32, in steps of 64 positions: one generation and a half.
-    hub.serve._kv_bytes = lambda device: 3 * 64 * 5 * 64 * 4
+    hub.serve.kv_bytes = lambda device: 3 * 64 * 5 * 64 * 4
 
 
 def forgotten(setting: Setting) -> Sequence[Row]:

@@ -75,12 +75,12 @@ def arm_hub() -> None:
         with trace.open("a") as file:
             file.write(f"{time.monotonic()}\n")
 
-    _around(Engine, "_apply", note, None)
+    _around(Engine, "apply_step", note, None)
     match os.environ.get("KILL_POINT"):
         case "before apply":
-            _around(Engine, "_apply", count, None)
+            _around(Engine, "apply_step", count, None)
         case "after apply":
-            _around(Engine, "_apply", None, count)
+            _around(Engine, "apply_step", None, count)
         case "in the checkpoint" if os.environ["KILL_VARIANT"] == "0":
             # The file is written under its temporary name.
             _around(checkpoints, "_write", None, count)
@@ -105,8 +105,10 @@ def arm_edge() -> None:
         count()
         original(path, content)
 
+    submit = HubClient.submit
+
     def asking(client: HubClient, message: m.StepBackward) -> None:
-        client.submit(message)
+        submit(client, message)
         # Sometimes the hub has it by then, sometimes it has answered.
         time.sleep(0.02 * int(os.environ["KILL_VARIANT"]))
         _die()
@@ -122,7 +124,7 @@ def arm_edge() -> None:
             original = edge.snapshots.write_private
             edge.snapshots.write_private = half_written
         case "before the reply":
-            _around(HubClient, "ask", lambda *g: last(*g[:2]) if isinstance(g[1], m.StepBackward) else None, None)
+            _around(HubClient, "submit", lambda *g: last(*g[:2]) if isinstance(g[1], m.StepBackward) else None, None)
 
 
 # -- the experiments ---------------------------------------------------------------------------------------

@@ -88,23 +88,29 @@ def _poisoning(edge: RawEdge) -> Iterator[tuple[str, object, bool]]:
             yield f"{type(message).__name__}, {what}", edge.said(frames), _infers(edge)
 
 
-def _states(dtype: str = "f32", shape: Sequence[int] = (*_SHAPE, HIDDEN), fill: float | None = None) -> m.Tensor:
+def _states(shape: Sequence[int] = (*_SHAPE, HIDDEN), fill: float | None = None) -> m.Tensor:
     """States as the wire has them; `fill` is the last value."""
-    tensor = m.Tensor(dtype, tuple(shape), ())
+    tensor = m.Tensor("f32", tuple(shape), ())
     rng = random.Random(1)
-    if dtype != "f32":
-        return m.Tensor(dtype, tuple(shape), (bytes(tensor.nbytes),) if tensor.nbytes else ())
     values = [rng.gauss(0, 1) for _ in range(tensor.nbytes // 4)]
     if fill is not None:
         values[-1] = fill
-    return m.Tensor(dtype, tuple(shape), (struct.pack(f"<{len(values)}f", *values),) if values else ())
+    return m.Tensor("f32", tuple(shape), (struct.pack(f"<{len(values)}f", *values),) if values else ())
+
+
+def _filled(dtype: str, byte: bytes) -> m.Tensor:
+    """States of one byte alone: 00 is a scale of zero in q8, ff is NaN in every floating dtype."""
+    tensor = m.Tensor(dtype, (*_SHAPE, HIDDEN), ())
+    return replace(tensor, chunks=(byte * tensor.nbytes,))
 
 
 def _bad_states(good: m.Tensor) -> Iterator[tuple[str, m.Tensor, tuple[int, ...]]]:
     for value in (float("nan"), float("inf"), -float("inf")):
         yield f"{value}", _states(fill=value), ()
-    for dtype in ("f16", "bf16", "u8", "i32"):
-        yield dtype, _states(dtype), ()
+    for dtype in ("u8", "i32", "q8"):
+        yield f"zeros of {dtype}", _filled(dtype, b"\0"), ()
+    for dtype in ("f16", "bf16", "q8"):
+        yield f"NaN of {dtype}", _filled(dtype, b"\xff"), ()
     rows, width = _SHAPE
     for shape in (
         *((rows, width, HIDDEN - 1), (rows, width, HIDDEN + 1), (width, HIDDEN), (rows, 1, width, HIDDEN), (HIDDEN,)),
