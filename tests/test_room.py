@@ -91,7 +91,9 @@ def test_a_cohort_whose_steps_need_more_than_the_hubs_memory_is_told_so(programs
     """The steps of the others give no room before this one is here, so it would wait for ever."""
     hub = programs.serve("--cohort", 2, prepare=tight)
     notes = write_notes(programs.folder, "clinic", 1, 60)
-    edges = [programs.edge(hub, name, notes, "--batch", 24, "--seq", 96) for name in ("one", "two")]
+    edges = [
+        programs.edge(hub, name, notes, "--batch", 24, "--seq", 96, "--micro-batches", 1) for name in ("one", "two")
+    ]
     edges[0].until(lambda: any(not edge.running for edge in edges), "the end of one of them")
     ended = next(edge for edge in edges if not edge.running)
     done = ended.wait()

@@ -42,6 +42,7 @@ class HubPart:
             grads[number] = backward.grad_hidden
         started = time.perf_counter()
         answers = [self._engine.step_forward(items), self._engine.step_backward(grads)]
+        self._engine.apply_step(list(grads))
         seconds = time.perf_counter() - started
         for answer in answers:
             bad = [error for error in answer.values() if isinstance(error, Exception)]

@@ -22,7 +22,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 def draw(profile: Profile) -> Text:
     """Everything that was measured: a block of bars for the token and one for the step."""
     text = Text()
-    for title, parts in (("one decoded token", profile.token), ("one training step", profile.step)):
+    for title, parts in (("one decoded token", profile.token), ("one training step, in one piece", profile.step)):
         _block(text, f"{title}, {sum(parts.values()):.1f} ms", parts)
     return text
 

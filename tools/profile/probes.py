@@ -56,6 +56,7 @@ def on_edge() -> None:
 
     import edge.connection
     import edge.middle
+    import edge.pipeline
     from blocks.remote import RemoteBlocks
     from edge.client import HubClient
     from edge.noise import GaussianNoise
@@ -72,6 +73,7 @@ def on_edge() -> None:
     for name in ("from_wire", "to_wire", "to_rows"):
         record.wrap(edge.middle, name, "edge: bytes to tensors and back")
     record.wrap(HubClient, "ask", WAITING)
+    record.wrap(edge.pipeline, "wait", WAITING)
     record.wrap(Snapshots, "wait", "edge: waiting for the last snapshot's fsync")
     record.wrap(HubClient, "_run", "link: requests of the edge")
     record.wrap(EdgeTransport, "poll", WAITING)

@@ -35,7 +35,9 @@ def standard(folder: Path) -> Path:
 
 
 def measure(folder: Path, model: Path, tokens: int, steps: int) -> Profile:
-    """Decode `tokens` tokens and take `steps` training steps of 4 x 128, partition 1:1, one thread a side."""
+    """Decode `tokens` tokens and take `steps` training steps of 4 x 128, partition 1:1, one thread a side.
+
+    The steps are taken whole: in micro-batches edge and hub work at the same time, and no moment is one's alone."""
     with Programs(folder) as programs:
         generated = _spans(programs, model, "decode", (), _generate(model, tokens))
         cohort = ("--cohort", 1, "--round-steps", 100_000)
@@ -85,7 +87,7 @@ def _train(folder: Path, model: Path, steps: int) -> tuple[object, ...]:
     data = folder / "data.txt"
     data.write_text("".join(random.Random(0).choices(string.ascii_lowercase + " ", k=128 * 4 * (steps + 20))))
     return ("join", "--model", model, "--noise", 0.02, "--data", data, "--partition", "1:1", "--batch", 4,
-            "--seq", 128, "--steps", steps, "--device", "cpu", "--headless")  # fmt: skip
+            "--seq", 128, "--steps", steps, "--micro-batches", 1, "--device", "cpu", "--headless")  # fmt: skip
 
 
 def _spans(
