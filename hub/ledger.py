@@ -51,6 +51,10 @@ class Ledger:
         """An edge trains in this group from now on."""
         self._home[key] = group
 
+    def inside(self, key: str) -> bool:
+        """Whether the joined step that an edge's group computes now was begun with it, and may yet count for it."""
+        return any(key == inside for inside, _, _ in self._stepping.get(self.home(key), {}).values())
+
     def _of_group(self, counts: Mapping[str, int], group: int) -> dict[str, int]:
         return {key: count for key, count in counts.items() if self.home(key) == group}
 
@@ -85,7 +89,7 @@ class Ledger:
 
     def stepped(self, event: ev.StepApplied, group: int = 0) -> None:
         """The optimizer has stepped, whether or not the edges are still there to hear of it."""
-        stepping = self._stepping.get(group, {})
+        stepping = self._stepping.pop(group, {})
         for seat in event.sessions:
             if seat in stepping:
                 key, applied, tokens = stepping[seat]

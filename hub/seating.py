@@ -91,9 +91,10 @@ class Seating:
         self._groups.decide(event, group)
 
     def _group_for(self, key: str, train: bool) -> int:
-        """Where an edge has trained in the open round, it goes on; else where there is least to do."""
+        """Where an edge has trained in the open round, or is inside a step, it goes on; else where least is to do."""
         home = self._ledger.home(key)
-        if train and self._ledger.round_tokens(key) and not self._groups[home].gone:
+        trains = self._ledger.round_tokens(key) or self._ledger.inside(key)
+        if train and trains and not self._groups[home].gone:
             return home
         return self._groups.place(self._sessions, train)
 

@@ -66,6 +66,15 @@ def test_an_adapter_weighs_at_most_what_the_hub_saw_in_this_round(sessions: Sess
     assert ledger.weight("a", 1) == 0
 
 
+def test_an_edge_is_inside_the_step_of_its_own_group_until_that_is_over(sessions: Sessions) -> None:
+    ledger = Ledger({}, {}, {"a": 1, "b": 0})
+    assert not ledger.inside("a")
+    ledger.begins(forward(), sessions, 1)
+    assert (ledger.inside("a"), ledger.inside("b")) == (True, False)
+    ledger.stepped(ev.StepApplied((2,)), 1)
+    assert not ledger.inside("a")
+
+
 def test_an_edge_that_is_gone_keeps_its_count(sessions: Sessions) -> None:
     ledger = Ledger({"a": 4}, {})
     ledger.begins(forward(), sessions)

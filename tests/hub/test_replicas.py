@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,10 +17,12 @@ from blocks.layout import Layout
 from blocks.surgery import LayerNames
 from hub.cli import app
 from hub.engine import Standing
+from hub.groups import Group, Groups
 from hub.jobs import EdgeAdapter, Place, StepItem
 from hub.keeper import CheckpointWritten, Failure, Keeper, Progress, RoundMerged, fresh, without
 from hub.ledger import Ledger
 from hub.membership import MemberNote, notes_from_json
+from hub.recovery import state_at
 from hub.replicas import rounds
 from hub.replicas.cluster import Cluster
 from hub.replicas.placement import Load, place
@@ -113,6 +116,26 @@ def test_the_cohort_may_be_whole_only_over_all_groups() -> None:
     assert rounds.elsewhere(states, 1) == states[1].cohort
     Scheduler(states[1]).handle(ev.OthersChanged(rounds.elsewhere(states, 1)))
     assert states[1].phase is Phase.FORWARD
+
+
+def test_each_group_has_a_deadline_of_its_own() -> None:
+    told: list[tuple[ev.Event, int]] = []
+    unused: Any = None
+    all_ = [Group(number, Scheduler(group(Phase.FORWARD)), unused, 0.0) for number in range(3)]
+    groups = Groups(all_, lambda event, number: told.append((event, number)))
+    assert groups.next_deadline == math.inf
+    all_[1].deadline, all_[2].deadline = (7.0, 4), (5.0, 9)
+    assert groups.next_deadline == 5.0
+    groups.pass_deadlines(6.9)
+    assert told == [(ev.DeadlinePassed(9), 2)]
+    groups.pass_deadlines(7.0)
+    assert told[1:] == [(ev.DeadlinePassed(4), 1)]
+    assert groups.next_deadline == math.inf
+
+
+def test_a_group_that_goes_back_keeps_its_quorum() -> None:
+    part = fresh(standing(1, 0).adapter, 3)
+    assert state_at(part, replace(group(Phase.FORWARD), quorum=2)).quorum == 2
 
 
 # -- what is kept of each ---------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def options(cohort: int, *more: object) -> list[object]:
 
 
 def train(programs: Programs, hub: Hub, name: str) -> Process:
-    return programs.edge(hub, name, write_notes(programs.folder, name, 1, 12), "--partition", "1:1")
+    """The law firm takes its steps in two micro-batches."""
+    notes = write_notes(programs.folder, name, 1, 12)
+    return programs.edge(hub, name, notes, "--partition", "1:1", "--micro-batches", 1 + NAMES.index(name))
 
 
 def published(hub: Hub) -> dict[str, torch.Tensor]:
@@ -99,9 +101,10 @@ def test_a_replica_of_ray_that_is_killed_is_started_again(programs: Programs, al
 
 @pytest.mark.slow
 def test_whatever_dies_a_round_publishes_the_average(programs: Programs, alone: list[Alone]) -> None:
-    """The hub; a replica after a step that nobody hears of; the other as it gives its part, and with the average."""
+    """The hub after a step that nobody hears of; a replica within one; another as it gives its part, and once it has
+    the average."""
     serve = [*options(2, "--replicas", 2, "--checkpoint-every", 0.1), *free_ports()]
-    first = programs.serve(*serve, prepare=without_ray, env={"HUB_DIES": "replica 1#1:step_backward:3:after"})
+    first = programs.serve(*serve, prepare=without_ray, env={"HUB_DIES": "replica 1#1:apply_step:3:after"})
     edges = [train(programs, first, name) for name in NAMES]
     first.process.wait()
     dies = "replica 2#1:step_backward:3:after,replica 1#1:standing:3:before,replica 1#2:begin_round:1:after"
@@ -130,7 +133,7 @@ def test_edges_of_a_replica_that_cannot_be_started_again_move(programs: Programs
 def test_a_hub_with_fewer_replicas_takes_over_what_the_others_trained(programs: Programs, alone: list[Alone]) -> None:
     at = free_ports()
     serve = [*options(2, "--checkpoint-every", 0.1), *at]
-    env = {"HUB_DIES": "replica 2#1:step_backward:6:after"}
+    env = {"HUB_DIES": "replica 2#1:apply_step:6:after"}
     first = programs.serve(*serve, "--replicas", 2, prepare=without_ray, env=env)
     edges = [train(programs, first, name) for name in NAMES]
     first.process.wait()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+from blocks.layout import Layout
 from hub.credits import Credits
 from hub.groups import Group, Groups
-from hub.jobs import Place
+from hub.jobs import Place, StepItem
 from hub.ledger import Ledger
+from hub.membership import Answered, MemberNote
 from hub.scheduler import Scheduler
 from hub.scheduler import actions as act
 from hub.scheduler import events as ev
-from hub.scheduler.state import Member, Phase, State
+from hub.scheduler.state import HiddenGiven, Member, Phase, State, StepTaken
 from hub.seating import Seating
 from hub.sessions import Session, Sessions
+from messaging.console import Journal
 from messaging.errors import ErrorCode
+from messaging.messages import Tensor
 from messaging.replies import Replies
 
 
@@ -45,3 +50,45 @@ def test_nor_is_one_that_waits_in_the_other_seat_by_then() -> None:
     (refusal,) = hub.handle(ev.StepApplied((6,)))
     assert isinstance(refusal, act.Refuse)
     assert refusal.code is ErrorCode.BEHIND
+
+
+def seating_of(groups: Groups, sessions: Sessions, ledger: Ledger) -> Seating:
+    """Of a hub whose only edge is 'ward', with the key 'key'."""
+    access = SimpleNamespace(name_by_origin=lambda key: {"key": "ward"}.get(key))
+    desk = SimpleNamespace(place=lambda p, q: Place(p, 3 - q), new_replies=Replies)
+    unused: Any = None
+    return Seating(sessions, groups, access, desk, unused, ledger, Journal(), 60.0, clock=lambda: 0.0)  # type: ignore[arg-type]
+
+
+def groups_of(*states: State) -> Groups:
+    unused: Any = None
+    groups = Groups([Group(number, Scheduler(state), unused, 0.0) for number, state in enumerate(states)], unused)
+    groups.decide = lambda event, number: groups[number].scheduler.handle(event) and None
+    return groups
+
+
+def test_an_edge_that_moves_to_another_replica_is_told_again_what_it_may_not_have_heard() -> None:
+    groups = groups_of(*(State(1, 20, 0, phase=Phase.FORWARD, joint=True) for _ in range(2)))
+    seating = seating_of(groups, Sessions(0, Credits(1 << 30)), Ledger({"key": 5}, {}, {"key": 1}))
+    answered = Answered("key", {0: HiddenGiven(b"sum", "hidden")}, StepTaken(4, {0: "grad"}, 5, False))
+    seating.take_in(MemberNote("key", (1, 1), True, False), [answered], 0)
+    (member,) = groups.state(0).members.values()
+    again = groups[0].scheduler.handle(ev.SmashedReceived(member.session, 1, 4, "the same step", b"sum"))
+    assert again == [act.AnswerForward(member.session, 1, 4, "hidden")]
+    again = groups[0].scheduler.handle(ev.GradientReceived(member.session, 2, 4, "gradient"))
+    assert again == [act.AnswerBackward(member.session, 2, 4, "grad", 5, False)]
+
+
+def test_an_edge_that_leaves_within_a_step_comes_back_to_where_that_is_computed() -> None:
+    """Elsewhere it would take the step again, which is counted here yet."""
+    state = State(1, 20, 0, phase=Phase.STEPPING, joint=True)
+    sessions, ledger = Sessions(0, Credits(1 << 30)), Ledger({"key": 5}, {}, {"key": 1})
+    session = Session(17, 7, "key", "ward", True, (1, 1), Place(1, 2), None, Replies(), 0.0, group=1)
+    sessions.add(session)
+    step = StepItem(7, Place(1, 2), Layout.from_ints((), 1, 0, 1), 3, Tensor("f32", (1, 1, 1), (b"\0" * 4,)))
+    seating = seating_of(groups_of(State(1, 20, 0, joint=True), state), sessions, ledger)
+    ledger.begins(act.RunForward(((7, step),)), sessions, 1)
+    sessions.remove(17)
+    assert seating._group_for("key", True) == 1
+    ledger.stepped(ev.StepApplied(()), 1)
+    assert seating._group_for("key", True) == 0
