@@ -130,6 +130,20 @@ def test_edges_of_a_replica_that_cannot_be_started_again_move(programs: Programs
 
 
 @pytest.mark.slow
+def test_a_quorum_is_one_of_each_group(programs: Programs) -> None:
+    """Two groups of two edges; in one an edge stands still, and the other of its group goes on."""
+    serve = ["--cohort", 4, "--round-steps", 1000, "--replicas", 2, "--quorum", 1, "--deadline", 0.2]
+    hub = programs.serve(*serve, prepare=without_ray)
+    notes = write_notes(programs.folder, NAMES[0], 1, 12)
+    edges = [programs.edge(hub, name, notes, "--partition", "1:1") for name in ("one", "two", "three", "four")]
+    hub.until(lambda live: live["hub_step"] >= 4 and live["cohort_joined"] == 4, "all four")
+    edges[0].signal(signal.SIGSTOP)
+    rows = {row["name"]: row["hub_step"] for row in hub.status()["live"]["replicas"]}
+    hub.until(lambda live: all(r["hub_step"] >= rows[r["name"]] + 3 for r in live["replicas"]), "steps of both groups")
+    assert "is silent" not in hub.process.out
+
+
+@pytest.mark.slow
 def test_a_hub_with_fewer_replicas_takes_over_what_the_others_trained(programs: Programs, alone: list[Alone]) -> None:
     at = free_ports()
     serve = [*options(2, "--checkpoint-every", 0.1), *at]
