@@ -23,6 +23,7 @@ from messaging.framing import decode, encode
 from messaging.joining import read_join
 from messaging.keys import load_keys, new_keys
 from messaging.transport import Channel, Connected, ConnectFailed, FailReason
+from tests.support.pausing import pause_between_steps
 from tests.support.sites import write_notes
 from tools.programs import Hub, Process, Programs, free_ports
 
@@ -187,9 +188,7 @@ def test_with_a_quorum_nobody_waits_for_an_edge_that_stands_still(programs: Prog
     pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1")
     other = programs.edge(hub, "other", notes, "--partition", "1:1")
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
-    pausing.signal(signal.SIGSTOP)
-    at = hub.status()["live"]["hub_step"]
-    hub.until(lambda live: live["hub_step"] >= at + 3, "steps without it")
+    pause_between_steps(hub, pausing, lambda live: [live["hub_step"]])
     pausing.signal(signal.SIGCONT)
     finish(pausing, other)
     assert "is silent" not in hub.process.out

@@ -29,7 +29,7 @@ class Wire:
         self.crossed: list[tuple[object, ...]] = []
 
     def start(self, plan: Plan, name: str) -> tuple[Any, str]:
-        replica = Replica.__new__(Replica)
+        self.replica = replica = Replica.__new__(Replica)
         replica._engine, replica._parted = self._engine, {}
 
         def method(name: str) -> Any:
@@ -130,6 +130,7 @@ def test_what_is_kept_of_a_request_in_pieces_goes_with_its_stream(
     else:
         remote.close_stream(1, stream)
     assert not remote._parted
+    assert not wire.replica._parted
     assert values(remote.infer([item])[0]) == values(engine().infer([item])[0])
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.pausing import pause_between_steps
 from tests.support.sites import write_notes
 from tests.support.stand_in import without_ray
 from tools.programs import Hub, Process, Programs, free_ports
@@ -137,9 +138,7 @@ def test_a_quorum_is_one_of_each_group(programs: Programs) -> None:
     notes = write_notes(programs.folder, NAMES[0], 1, 12)
     edges = [programs.edge(hub, name, notes, "--partition", "1:1") for name in ("one", "two", "three", "four")]
     hub.until(lambda live: live["hub_step"] >= 4 and live["cohort_joined"] == 4, "all four")
-    edges[0].signal(signal.SIGSTOP)
-    rows = {row["name"]: row["hub_step"] for row in hub.status()["live"]["replicas"]}
-    hub.until(lambda live: all(r["hub_step"] >= rows[r["name"]] + 3 for r in live["replicas"]), "steps of both groups")
+    pause_between_steps(hub, edges[0], lambda live: [row["hub_step"] for row in live["replicas"]])
     assert "is silent" not in hub.process.out
 
 
