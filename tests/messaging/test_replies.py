@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from messaging.messages import UNORDERED_BASE
-from messaging.replies import MOST_BYTES, Busy, Gap, New, Replay, Replies, Stale
+from messaging.replies import MOST_BYTES, MOST_REPLIES, Busy, Gap, New, Replay, Replies, Stale
 
 
 def test_the_life_of_an_ordered_request() -> None:
@@ -31,14 +31,15 @@ def test_a_resumed_session_starts_where_it_was() -> None:
     assert replies.admit(7) == New()
 
 
-def test_four_replies_are_kept() -> None:
-    replies = Replies()
-    for request in range(1, 7):
+def test_the_latest_replies_are_kept() -> None:
+    replies, last = Replies(), MOST_REPLIES + 2
+    for request in range(1, last + 1):
         replies.admit(request)
         replies.record(request, [b"x" * 10, b"y"])
-    assert [type(replies.admit(request)) for request in range(1, 7)] == [Stale, Stale, Replay, Replay, Replay, Replay]
-    assert replies.kept_bytes == 44
-    replies.ack(5)
+    found = [type(replies.admit(request)) for request in range(1, last + 1)]
+    assert found == [Stale] * 2 + [Replay] * MOST_REPLIES
+    assert replies.kept_bytes == 11 * MOST_REPLIES
+    replies.ack(last - 1)
     assert replies.kept_bytes == 11
     replies.ack(99)
     assert replies.kept_bytes == 0
