@@ -43,7 +43,8 @@ class Relay:
                         return
                     if key.fileobj is self._listener:
                         self._accept(selector)
-                    else:
+                    elif key.fileobj in self._pairs:
+                        # Else both ends had ended, and the first of them took the other with it.
                         self._pass_on(selector, key.fileobj)  # type: ignore[arg-type]
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
