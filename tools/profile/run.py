@@ -63,7 +63,7 @@ class _Run:
         """The threads, the foremost first."""
         threads = (
             (self.edge, "MainThread", "link: waking the edge's main thread"),
-            (self.hub, "compute", "hub: waking the compute thread"),
+            (self.hub, "compute 0", "hub: waking the compute thread"),
             (self.hub, "MainThread", "link: CURVE, socket, waking the hub"),
             (self.edge, "network", "link: CURVE, socket, waking the edge's network thread"),
         )
