@@ -25,6 +25,7 @@ def on_hub() -> None:
     import hub.server
     import hub.streams
     from blocks.optimizer import AdapterOptimizer
+    from hub.computing import Computing
     from hub.engine import Engine
     from hub.post import Post
     from hub.server import Server
@@ -37,7 +38,7 @@ def on_hub() -> None:
     record.wrap(HubTransport, "_receive", "link: receive at the hub")
     record.wrap(HubTransport, "send", "link: send from the hub")
     record.wrap(Server, "_arrived", "hub: admission, scheduler")
-    record.wrap(Server, "_on_compute", "hub: admission, scheduler")
+    record.wrap(Computing, "done", "hub: admission, scheduler")
     record.wrap(hub.server, "decode", "hub: encode and decode messages")
     record.wrap(Post, "answer", "hub: encode and decode messages")
     record.wrap(Worker, "_carry_out", "hub: engine, layout, caches")
