@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import cast
 
 import pytest
 import torch
@@ -14,21 +15,11 @@ from blocks.remote import build_edge, remote_of
 from blocks.surgery import CutModel, load
 from edge import loss
 from edge.data import Batch
+from edge.middle import HubMiddle
+from edge.noise import GaussianNoise
+from edge.pipeline import Pipeline
 from tests.support.models import _GQA, CONFIGS, CPU, MORE_CONFIGS, source_of, whole_model
-
-
-class Echo:
-    """Blocks B that answer with what they get."""
-
-    def step_forward(self, smashed: torch.Tensor, layout: object) -> torch.Tensor:
-        return smashed.clone()
-
-    def step_backward(self, grad_hidden: torch.Tensor) -> torch.Tensor:
-        return grad_hidden.clone()
-
-    def infer(self, smashed: torch.Tensor, *_: object) -> torch.Tensor:
-        return smashed.clone()
-
+from tools.bench_memory import Echo
 
 CAPPED = {"gemma2 capped": lambda: Gemma2Config(**_GQA, head_dim=16, final_logit_softcapping=0.5)}
 ALL = {**CONFIGS, **MORE_CONFIGS, **CAPPED}
@@ -46,8 +37,7 @@ def edge(name: str) -> CutModel:
     torch.manual_seed(1)
     for parameter in adapters.parameters(cut).values():
         parameter.data.normal_(0, 0.05)
-    remote_of(cut).attach(Echo())  # type: ignore[arg-type]
-    remote_of(cut).learning = True
+    remote_of(cut).attach(Echo())
     return cut
 
 
@@ -64,10 +54,10 @@ def a_batch(packed: bool = False) -> Batch:
 def loss_and_gradients(cut: CutModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     for parameter in adapters.parameters(cut).values():
         parameter.grad = None
-    value = loss.summed_loss(cut, batch)
-    value.backward()
+    pipeline = Pipeline(cut, cast(HubMiddle, remote_of(cut).middle), GaussianNoise(0.0, b""), 1)
+    value = pipeline.step(0, [batch], lambda: None).loss
     grads = {name: p.grad.clone() for name, p in adapters.parameters(cut).items() if p.grad is not None}
-    return float(value.detach()), grads
+    return value, grads
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -77,9 +67,7 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert loss._base(cut) is not None
     value, grads = loss_and_gradients(cut, batch)
     with torch.no_grad():
-        remote_of(cut).learning = False
         assert float(loss.summed_loss(cut, batch)) == pytest.approx(value, rel=1e-6)
-        remote_of(cut).learning = True
     monkeypatch.setattr(loss, "_base", lambda cut: None)
     wanted, wanted_grads = loss_and_gradients(cut, batch)
     assert value == pytest.approx(wanted, rel=1e-5)
@@ -87,6 +75,18 @@ def test_pieces_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(grads) > 0
     for key, grad in grads.items():
         assert torch.allclose(grad, wanted_grads[key], rtol=1e-4, atol=1e-5 * float(wanted_grads[key].abs().max()))
+
+
+def test_a_scaled_loss_has_scaled_gradients() -> None:
+    cut, batch = edge("llama"), a_batch()
+    found = []
+    for scale in (1.0, 8.0):
+        for parameter in adapters.parameters(cut).values():
+            parameter.grad = None
+        (scale * loss.summed_loss(cut, batch)).backward()
+        found.append({name: p.grad for name, p in adapters.parameters(cut).items() if p.grad is not None})
+    assert found[0]
+    assert all(torch.allclose(8 * grad, found[1][key]) for key, grad in found[0].items())
 
 
 def test_packed_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from messaging.commands import quiet_libraries
 from messaging.console.figures import duration
 from tools.table import Table
 
@@ -28,6 +29,7 @@ from tools.table import Table
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    quiet_libraries()
     from tools.bench.groups import GROUPS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
