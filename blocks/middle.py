@@ -8,7 +8,7 @@ so that rows enter and leave the layer loop at their own depth.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +34,8 @@ class Flow:
     states: torch.Tensor
     enters: Sequence[int]
     leaves: Sequence[int]
+    #: the device of each absolute layer; empty where all are on the states' own
+    homes: Mapping[int, torch.device] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     out: list[torch.Tensor | None] = field(default_factory=list)
@@ -48,15 +50,20 @@ class Flow:
         self._doors = {*self.enters, *self.leaves}
         #: the states of all rows, where they left together
         self._together: torch.Tensor | None = None
+        #: what the model gives every layer (masks, rotary embeddings) on the devices where it has come so far
+        self._carried: dict[tuple[int, torch.device], tuple[Any, Any]] = {}
 
     def arrive(self, layer: int) -> torch.Tensor | None:
         """The states that enter absolute layer `layer`, [rows inside, width, hidden]; None when nobody is inside."""
+        home = self.homes.get(layer, self.states.device)
+        if self.hidden is not None and self.homes:
+            self.hidden = self.hidden.to(home)
         if layer not in self._doors:
             return self.hidden
         new = [row for row, at in enumerate(self.enters) if at == layer]
         if new:
             inside = sorted(self.rows + new)
-            arriving = self.states if len(new) == len(self.states) else self.states[new]
+            arriving = (self.states if len(new) == len(self.states) else self.states[new]).to(home)
             if self.rows:
                 assert self.hidden is not None
                 joined = torch.cat([self.hidden, arriving])
@@ -90,11 +97,25 @@ class Flow:
         else:
             self.hidden = hidden
 
+    def carry(self, value: Any, layer: int) -> Any:
+        """`value`, where its tensors are on the layer's device."""
+        home = self.homes.get(layer)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.carry(item, layer) for item in value)
+        if home is None or not hasattr(value, "to"):
+            return value
+        key = (id(value), home)
+        if key not in self._carried:
+            # The value is kept too, or its id might come to be another's.
+            self._carried[key] = (value, value.to(home))
+        return self._carried[key][1]
+
     def result(self) -> torch.Tensor:
-        """The states of all rows after their last layers, [rows, width, hidden]."""
+        """The states of all rows after their last layers, [rows, width, hidden], on the device they came from."""
+        device = self.states.device
         if self._together is not None:
-            return self._together
-        out = [row for row in self.out if row is not None]
+            return self._together.to(device)
+        out = [row.to(device) for row in self.out if row is not None]
         assert len(out) == len(self.enters), "a row never left Blocks B"
         return torch.stack(out)
 
@@ -121,6 +142,12 @@ def _gate(layer: nn.Module, number: int, forward: Callable[..., Any], *args: Any
     hidden = flow.arrive(number)
     if hidden is None:
         return _like(layer, flow.states)
+    # What the model passes on in the place of the states does not matter: the flow has them.
+    named = kwargs.pop("hidden_states", None) is not None
+    args = args if named else args[1:]
+    if flow.homes:
+        args = tuple(flow.carry(value, number) for value in args)
+        kwargs = {key: flow.carry(value, number) for key, value in kwargs.items()}
     batch = len(flow.enters)
     if len(flow.rows) < batch:
         rows = torch.tensor(flow.rows, device=hidden.device)
@@ -128,11 +155,7 @@ def _gate(layer: nn.Module, number: int, forward: Callable[..., Any], *args: Any
         kwargs = {key: _select(value, rows, batch) for key, value in kwargs.items()}
     if flow.around is not None:
         forward = flow.around(forward, flow.rows)
-    if "hidden_states" in kwargs:
-        kwargs["hidden_states"] = hidden
-        output = forward(*args, **kwargs)
-    else:
-        output = forward(hidden, *args[1:], **kwargs)
+    output = forward(*args, hidden_states=hidden, **kwargs) if named else forward(hidden, *args, **kwargs)
     if getattr(layer, "_returns_tuple", None) is not isinstance(output, tuple):
         layer._returns_tuple = isinstance(output, tuple)  # type: ignore[assignment]
     flow.depart(number, output[0] if isinstance(output, tuple) else output)
@@ -165,10 +188,22 @@ class MiddleBlocks:
         # Nothing drops out, in training neither: the edge's blocks stay in eval() too.
         model.eval()
         self.first, self.last = first, last
+        self._homes: dict[int, torch.device] = {}
         self._strip()
         for local, layer in enumerate(self.cut.layers):
             layer.forward = partial(_gate, layer, first + local, layer.forward)
         self._parameters = set(inspect.signature(type(self._runner).forward).parameters)
+
+    def stand_on(self, homes: Sequence[torch.device]) -> None:
+        """Say on which device each layer was loaded, where they are not all on the states' own."""
+        self._homes = dict(enumerate(homes, self.first))
+
+    def layers_by_device(self) -> dict[torch.device, list[int]]:
+        """The absolute layers on each device, as `stand_on` was told."""
+        found: dict[torch.device, list[int]] = {}
+        for layer, device in self._homes.items():
+            found.setdefault(device, []).append(layer)
+        return found
 
     @property
     def _runner(self) -> nn.Module:
@@ -204,7 +239,7 @@ class MiddleBlocks:
         states [rows, width, hidden]; enters, leaves: absolute layers per row; mask: bool [rows, past + width]
         or None; positions: int64 [rows, width]. Returns [rows, width, hidden].
         """
-        flow = Flow(states, enters, leaves, on_rows=on_rows, around=around)
+        flow = Flow(states, enters, leaves, self._homes, on_rows=on_rows, around=around)
         arguments = {
             "inputs_embeds": states,
             "attention_mask": mask,

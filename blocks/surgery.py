@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from blocks.quantize import LoadQuantizer, QuantizedLinear, release_freed_memory
+from blocks.quantize import LoadQuantizer, release_freed_memory
 from blocks.weights import WeightSource
 from messaging.errors import InputError
 
@@ -150,11 +150,17 @@ class _Lazy:
 
 
 def load(
-    cut: CutModel, source: WeightSource, dtype: torch.dtype, device: torch.device, bits: int | None = None
+    cut: CutModel,
+    source: WeightSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int | None = None,
+    homes: Sequence[torch.device] = (),
 ) -> CutModel:
     """Fill the cut model from `source`: only tensors that it hosts are read, each once, straight to its device.
 
-    With `bits` (8 or 4) its linear layers are quantized, each as soon as it is read (`blocks.quantize`).
+    With `bits` (8 or 4) its linear layers are quantized, each as soon as it is read (`blocks.quantize`). homes: the
+    device of each of its layers, where these are not all on `device`, which has the rest.
 
     transformers' own loader does the renaming and fusing that architectures need (mixture-of-experts
     checkpoints, base-model prefixes). Raises InputError when the checkpoint lacks a tensor.
@@ -165,8 +171,9 @@ def load(
         local = cut.to_local(name)
         if local is not None:
             lazy[local] = _Lazy(source, name, dtype)
+    device_map = {"": device, **{f"{cut.names.prefix}.{local}": home for local, home in enumerate(homes)}}
     settings = LoadStateDictConfig(
-        device_map={"": device},
+        device_map=device_map,
         dtype=dtype,
         weight_mapping=get_model_conversion_mapping(model),
         hf_quantizer=LoadQuantizer(model, bits) if bits else None,
@@ -178,7 +185,7 @@ def load(
     if missing or info.mismatched_keys or info.conversion_errors:
         wrong = missing or info.mismatched_keys or info.conversion_errors
         raise InputError(f"the weights do not fit {type(model).__name__}: {str(wrong)[:300]}")
-    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), {"": device}, None, None)
+    model._move_missing_keys_from_meta_to_device(info.missing_and_mismatched(), device_map, None, None)
     model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model.requires_grad_(False)
@@ -186,17 +193,3 @@ def load(
     if bits:
         release_freed_memory()
     return cut
-
-
-def store_by_columns(modules: Iterable[nn.Module | None]) -> None:
-    """Lay the float32 weights of layers and head on the CPU out by columns: the same tensors with other strides.
-
-    One position at a time (decoding), MKL then multiplies in two thirds of the time, a head in half; with many, it is
-    all the same.
-    """
-    for outer in modules:
-        for module in () if outer is None else outer.modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear):
-                weight = module.weight
-                if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
-                    weight.data = weight.data.t().contiguous().t()

@@ -61,27 +61,6 @@ class WeightSource(Protocol):
         """One tensor, in memory of its own, floating-point values as `dtype`."""
 
 
-class StateDictSource:
-    """Weights that are in memory already (tests, conversions)."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        """See WeightSource."""
-        return self._tensors.keys()
-
-    def info(self, name: str) -> TensorInfo:
-        """See WeightSource."""
-        tensor = self._tensors[name]
-        return TensorInfo(name, tensor.dtype, tuple(tensor.shape))
-
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """See WeightSource."""
-        tensor = self._tensors[name].detach()
-        return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
-
-
 class FileSource:
     """A checkpoint's safetensors files, by an index from tensor name to (file, offset)."""
 

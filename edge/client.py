@@ -277,7 +277,7 @@ class HubClient:
             if sent is not None:
                 self.figures.round_trip_s = now - sent
             self.figures.pong, self.figures.pong_at = packet.message, now
-            self._liveness.resize(packet.message.joined)
+            self._liveness.resize(packet.message.sessions)
         if isinstance(packet.message, m.NextHubKey) and self._hub_key is not None:
             self._hub_key.announced(packet.message.key)
         if isinstance(packet.message, m.Welcome) and packet.envelope.request == self._hello_request:

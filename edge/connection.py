@@ -17,11 +17,12 @@ import messaging.messages as m
 from blocks import adapters
 from blocks.adapters import LoraSpec
 from blocks.codec import wire_dtype
+from blocks.decoding import speed_up_decoding
 from blocks.manifest import Manifest, check_against
 from blocks.partition import Partition
 from blocks.remote import build_edge, remote_of
 from blocks.source import ModelFiles, open_model
-from blocks.surgery import CutModel, load, store_by_columns
+from blocks.surgery import CutModel, load
 from blocks.weights import Watched
 from edge.client import HubClient
 from edge.fetch import fetch_adapter
@@ -157,7 +158,7 @@ def build(
     size = sum(source.info(name).nbytes for name in hosted)
     with connection.journal.task("loading blocks", size) as task:
         load(cut, Watched(source, task.advance), served.dtype, device, bits)
-    store_by_columns([*cut.layers, cut.model.get_output_embeddings()])
+    speed_up_decoding(cut.layers, cut.model.get_output_embeddings())
     cut.model.generation_config = served.files.generation_config()
     return cut
 

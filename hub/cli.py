@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hub.pages import ask_for_huge_pages
 from messaging.commands import INTERRUPTED, exit_codes, quiet_libraries, terminable
 from messaging.errors import InputError
 
@@ -37,7 +38,9 @@ def serve(
     ] = "tcp://127.0.0.1:7750",
     advertise: Annotated[str | None, typer.Option(help="Host name or address that edges dial.")] = None,
     state: StateOption = DEFAULT_STATE,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...; cuda:0,cuda:1 spreads the layers over both.")
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; edges and wire follow.")] = "auto",
     cohort: Annotated[int, typer.Option(min=1, help="Edges that must be here before training starts.")] = 1,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds to train; 0: no end.")] = 0,
@@ -80,6 +83,7 @@ def serve(
         if ray is not None and replicas is None:
             raise InputError("--ray says where replicas run: give --replicas too")
         _check_quorum(quorum, deadline, cohort)
+        ask_for_huge_pages()
         from hub.serve import Options
         from hub.serve import serve as run
 

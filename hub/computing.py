@@ -68,7 +68,10 @@ class Computing:
         elif isinstance(action, act.CloseRound):
             group.closing = action
         self._figures.began(action, group.number)
-        group.worker.put(action, self._ledger.progress(group.state, self._sessions, group.number))
+        # Going through all edges takes long where there are many, and a decoded token must not wait for it.
+        keeps = isinstance(action, act.CloseRound) or (isinstance(action, act.RunForward) and action.checkpoint)
+        progress = self._ledger.progress(group.state, self._sessions, group.number) if keeps else None
+        group.worker.put(action, progress)
 
     def done(self, event: Report, number: int) -> None:
         """A group's worker reports."""

@@ -45,6 +45,8 @@ class Credits:
     def __init__(self, budget: int) -> None:
         self.budget = max(budget, LEAST_BYTES)
         self._accounts: set[Account] = set()
+        #: the credits of each session now
+        self.share = self._share()
         self._loose: dict[Hashable, int] = {}
         self._held = 0
 
@@ -53,9 +55,7 @@ class Credits:
         """How many sessions can have the least credits."""
         return self.budget // LEAST_BYTES
 
-    @property
-    def share(self) -> int:
-        """The credits of each session now."""
+    def _share(self) -> int:
         return max(LEAST_BYTES, min(MOST_BYTES, self.budget // max(len(self._accounts), 1)))
 
     @property
@@ -74,12 +74,14 @@ class Credits:
             text = f"the hub is full: its memory allows {self.most_sessions} sessions. Try again later"
             raise HubError(ErrorCode.FULL, text, self.most_sessions)
         self._accounts.add(account)
+        self.share = self._share()
         account.told = self.share
 
     def close(self, account: Account) -> None:
         """A session ends; what was held for it is given back."""
         if account in self._accounts:
             self._accounts.remove(account)
+            self.share = self._share()
             self._held -= account.outstanding + account.recorded
             account.outstanding = account.recorded = 0
 

@@ -6,7 +6,7 @@ One thread owns an engine. It knows nothing of sockets, and nothing of why it is
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +17,12 @@ from transformers import PreTrainedConfig
 from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
 from blocks.codec import from_wire
+from blocks.decoding import speed_up_decoding
+from blocks.device import free_on, spread
 from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
-from blocks.surgery import LayerNames, load, store_by_columns
+from blocks.surgery import LayerNames, load
 from blocks.weights import WeightSource
 from hub import ragged, streams
 from hub.answers import gradient_like, hidden_like
@@ -36,16 +38,18 @@ _TRAIN = "training_copy"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is made of besides the model: adapter shape, optimizer, numbers, KV budget in bytes.
+    """What an engine is made of besides the model: adapter shape, optimizer, numbers, devices, KV budget.
 
+    devices: several share the layers, by what they have free; states come and go on the first.
+    kv_budget: bytes that all caches may take; asked once the weights are there.
     recompute: training keeps the layers' inputs only, and runs each layer once more in the backward.
     """
 
     spec: LoraSpec
     schedule: Schedule
     dtype: torch.dtype
-    device: torch.device
-    kv_bytes: int
+    devices: tuple[torch.device, ...]
+    kv_budget: Callable[[], int]
     recompute: bool = False
 
 
@@ -65,10 +69,13 @@ class Engine:
         self.settings = settings
         layers = config.get_text_config().num_hidden_layers
         self._plain = MiddleBlocks(config, 1, layers, settings.dtype)
-        load(self._plain.cut, source, settings.dtype, settings.device)
-        store_by_columns(self._plain.cut.layers)
+        homes = _layer_homes(self._plain, settings.devices)
+        load(self._plain.cut, source, settings.dtype, settings.devices[0], homes=homes)
         self._tuned = MiddleBlocks(config, 1, layers, settings.dtype)
         _share_weights(self._plain, self._tuned)
+        for blocks in (self._plain, self._tuned):
+            blocks.stand_on(homes)
+        speed_up_decoding([*self._plain.cut.layers, *self._tuned.cut.layers])
         peft = adapters.inject(self._tuned.cut, settings.spec, _TRAIN)
         assert peft is not None
         self._peft = peft
@@ -83,7 +90,7 @@ class Engine:
         self._layer_of = {name: adapters.layer_of(name, self.names) for name in self._trained}
         self.hidden_size = config.get_text_config().hidden_size
         self.num_layers = layers
-        self.budget = KvBudget(settings.kv_bytes)
+        self.budget = KvBudget(settings.kv_budget())
         self._streams = Streams(layers, self.budget)
         self._step = JoinedStep(settings.recompute)
         self._versions: set[int] = {0}
@@ -189,7 +196,7 @@ class Engine:
 
     def _run(self, blocks: MiddleBlocks, batch: Joined, edges: Sequence[int] | None) -> torch.Tensor:
         self.forwards += 1
-        device = self.settings.device
+        device = self.settings.devices[0]
         mask = None if batch.mask is None else batch.mask.to(device)
         around = self._step.layer_runner(edges) if edges else None
         return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around)
@@ -198,7 +205,7 @@ class Engine:
         if layout.past and not cached:
             raise ProtocolError("only a stream of generation builds on cached positions")
         shape = (layout.rows, layout.width, self.hidden_size)
-        return from_wire(tensor, dtype=self.settings.dtype, shape=shape).to(self.settings.device)  # type: ignore[arg-type]
+        return from_wire(tensor, dtype=self.settings.dtype, shape=shape).to(self.settings.devices[0])  # type: ignore[arg-type]
 
     # -- generation ----------------------------------------------------------------------------------
 
@@ -344,6 +351,11 @@ class Engine:
         return self._versions
 
     @property
+    def homes(self) -> dict[torch.device, list[int]]:
+        """The absolute layers on each device; empty where there is only one."""
+        return self._plain.layers_by_device()
+
+    @property
     def names(self) -> LayerNames:
         """Where the model's layers stand."""
         return self._plain.cut.names
@@ -362,6 +374,13 @@ class Engine:
 
 def _version_name(version: int) -> str:
     return f"v{version}"
+
+
+def _layer_homes(blocks: MiddleBlocks, devices: Sequence[torch.device]) -> list[torch.device]:
+    """Each layer's device; empty where there is only one. Raises InputError where they do not fit."""
+    sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in blocks.cut.layers]
+    numbers = spread(sizes, devices, free_on(devices))
+    return [devices[number] for number in numbers] if len(devices) > 1 else []
 
 
 def _share_weights(source: MiddleBlocks, target: MiddleBlocks) -> None:

@@ -219,6 +219,10 @@ class RaggedStates:
 
     items: tuple[Any, ...]
 
+    def to(self, device: torch.device) -> RaggedStates:
+        """The same on a device."""
+        return RaggedStates(tuple(None if item is None else item.to(device) for item in self.items))
+
 
 @dataclass(frozen=True, eq=False)
 class Member:

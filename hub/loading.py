@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import psutil
 import torch
 
+from blocks.device import free_on
 from blocks.source import ModelFiles
 from blocks.surgery import LayerNames
 from blocks.weights import Watched
@@ -17,11 +19,15 @@ from profiles.cgroup import cgroup_memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def kv_bytes(device: torch.device, share: int = 1) -> int:
-    """A quarter of the memory that is free before anybody generates; `share` engines share the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 4
-    return free_bytes() // (4 * share)
+def kv_bytes(devices: Sequence[torch.device], share: int = 1) -> int:
+    """A quarter of the memory that is free before anybody generates; `share` engines share the machine's.
+
+    Of several GPUs, half of what the fullest has: streams may be those of layers that are all on one of them.
+    """
+    gpus = list(free_on(devices).values())
+    if len(gpus) > 1:
+        return min(gpus) // 2
+    return gpus[0] // 4 if gpus else free_bytes() // (4 * share)
 
 
 def free_bytes() -> int:
@@ -35,4 +41,7 @@ def load_engine(files: ModelFiles, layers: LayerNames, settings: EngineSettings,
     middle = re.compile(rf"(^|\.){re.escape(layers.attribute)}\.[1-9]\d*\.")
     sizes = [files.source.info(name).nbytes for name in files.source.names() if middle.search(name)]
     with journal.task("loading the model", sum(sizes)) as task:
-        return Engine(files.config, Watched(files.source, task.advance), settings)
+        engine = Engine(files.config, Watched(files.source, task.advance), settings)
+    for device, numbers in engine.homes.items():
+        journal.log(f"layers {numbers[0]} to {numbers[-1]} are on {device}")
+    return engine

@@ -103,7 +103,7 @@ class Recovery:
             if session.train and session.group == group.number and session.seat in group.state.members:
                 contributes = bool(self._ledger.round_tokens(session.key))
                 notes.setdefault(session.key, MemberNote(session.key, session.partition, contributes, False))
-        return list(notes.values())
+        return self._seating.waited_for(notes.values())
 
     def _end_sessions(self, group: Group, why: str) -> None:
         for session in self._sessions:

@@ -6,7 +6,7 @@ For the loop's thread alone. A seat outlives the process of an edge that sits th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import messaging.messages as m
 from hub.desk import Desk
@@ -18,6 +18,7 @@ from hub.scheduler import events as ev
 from hub.scheduler.state import Member, Phase
 from hub.sessions import Session, Sessions
 from hub.store.access import AccessList
+from hub.store.files import StoreError
 from messaging.console import Journal
 from messaging.transport import Route
 
@@ -74,6 +75,8 @@ class Seating:
         version = None if hello.train else self._version(hello, group)
         session = self._session(key, name, (hello.p, hello.q), before, version, group)
         if before is None:
+            if session.train:
+                self._access.note_back(key)
             self._sessions.add(session)
             if session.train:
                 self._ledger.move(key, group)
@@ -138,9 +141,9 @@ class Seating:
     ) -> None:
         """Keep the seats of those who trained when the checkpoint was written, until their grace is over."""
         state, answers = self._groups.state(group), {item.key: item for item in answered}
-        for note in members:
+        for note in self.waited_for(members):
             name = self._access.name_by_origin(note.key)
-            if name is None or (note.left and not note.contributes):
+            if name is None:  # revoked at this very moment
                 continue
             session = self._session(note.key, name, note.partition, None, None, group)
             self._ledger.move(note.key, group)
@@ -157,11 +160,25 @@ class Seating:
             self._journal.log(f"waiting for {names} to come back")
         self._groups.settle()
 
+    def waited_for(self, notes: Iterable[MemberNote]) -> list[MemberNote]:
+        """Those of a checkpoint's members whose seats are kept for them.
+
+        Not who has left since: it may never come back, and the others would wait for it.
+        """
+        gone = self._access.left()
+        return [
+            note
+            for note in notes
+            if note.key not in gone and (note.contributes or not note.left) and self._access.name_by_origin(note.key)
+        ]
+
     def take_in(self, note: MemberNote, answered: Sequence[Answered], group: int) -> None:
         """Seat an edge whose replica is no more in another group, which takes steps again if it is closing a round.
 
-        `answered`: what edges of that replica may not have heard.
+        `answered`: what edges of that replica may not have heard. Nothing happens for one that is not waited for.
         """
+        if not self.waited_for([note]):
+            return
         self._groups.decide(ev.RoundReopened(steps=True), group)
         self.restore([note], answered, True, group)
 
@@ -187,6 +204,15 @@ class Seating:
         if session.silent:
             session.silent = False
             self._decide(ev.EdgeCameBack(session.seat), session.group)
+
+    def leaving(self, session: Session) -> None:
+        """It is about to hear that the hub knows of its good-bye: from there on no restart of the hub waits for it."""
+        if not session.train:
+            return
+        try:
+            self._access.note_left(session.key)
+        except StoreError as error:
+            self._journal.log(f"{session.name} leaves, which a hub that is started again may not know: {error}")
 
     def leave(self, session: Session, reason: str) -> None:
         """It says good-bye."""

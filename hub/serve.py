@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ class Hub:
 
 @contextmanager
 def _assemble(options: Options, files: ModelFiles, state: HubState, journal: Journal) -> Iterator[Hub]:
-    with compute_place(options.device, options.replicas, options.ray) as (cluster, device):
-        yield from _assemble_there(options, files, state, journal, cluster, device)
+    with compute_place(options.device, options.replicas, options.ray) as (cluster, devices):
+        yield from _assemble_there(options, files, state, journal, cluster, devices)
 
 
 def _assemble_there(
@@ -142,9 +143,9 @@ def _assemble_there(
     state: HubState,
     journal: Journal,
     cluster: Cluster | None,
-    device: torch.device,
+    devices: tuple[torch.device, ...],
 ) -> Iterator[Hub]:
-    dtype = _dtype(options.dtype, device, files.config)
+    dtype = _dtype(options.dtype, devices[0], files.config)
     spec = adapters.make_spec(files.config, options.lora_rank, options.lora_alpha, options.target_modules)
     recipe = _recipe(options, spec)
     initial = adapters.initial(files.config, spec, options.seed)
@@ -156,7 +157,7 @@ def _assemble_there(
         journal.log(warning)
     replicas = options.replicas or 1
     parts, versions = _parts(state, point, initial, library.layers, replicas)
-    settings = _settings(recipe, spec, dtype, device, cluster is None, options.recompute)
+    settings = _settings(recipe, spec, dtype, devices, options.recompute)
     engines = _engines(cluster, files, library, settings, parts[:replicas], versions, journal)
     if point is not None:
         step = sum(part.hub_step for part in parts)
@@ -278,7 +279,7 @@ def _engines(
         return [engine]
     plan = Plan(
         files.name, library.hash, settings.spec, settings.schedule, str(settings.dtype).removeprefix("torch."),
-        settings.device.type, share=1, threads=0, recompute=settings.recompute,
+        tuple(str(device) for device in settings.devices), share=1, threads=0, recompute=settings.recompute,
     )  # fmt: skip
     return list(start_replicas(cluster, plan, parts, versions, journal))
 
@@ -300,10 +301,10 @@ def _recipe(options: Options, spec: LoraSpec) -> Recipe:
 
 
 def _settings(
-    recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, device: torch.device, here: bool, recompute: bool
+    recipe: Recipe, spec: LoraSpec, dtype: torch.dtype, devices: tuple[torch.device, ...], recompute: bool
 ) -> EngineSettings:
     schedule = Schedule(recipe.lr, recipe.warmup_steps, recipe.clip_norm, recipe.weight_decay)
-    return EngineSettings(spec, schedule, dtype, device, kv_bytes(device) if here else 0, recompute)
+    return EngineSettings(spec, schedule, dtype, devices, partial(kv_bytes, devices), recompute)
 
 
 def _check_state(state: HubState, model_hash: str, recipe: Recipe) -> None:

@@ -53,7 +53,7 @@ _FLUSH_S = 3.0
 _SEEN_S = 60.0
 #: What goes through all sessions is done more seldom where there are many.
 _LOOK_S_PER_SESSION, _LOOK_MOST_S = 0.001, 1.0
-_SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.002, 3.0
+_SNAPSHOT_S_PER_SESSION, _SNAPSHOT_MOST_S = 0.003, 3.0
 
 
 class Server:
@@ -110,6 +110,8 @@ class Server:
             desk, journal, checkpoint_s, clock,
         )  # fmt: skip
         self._snapshot_at = clock()
+        #: the answer to pings by group, as long as one portion of arrivals is taken
+        self._pongs: dict[int | None, m.Pong] = {}
         self.snapshot: HubSnapshot = self._figures.snapshot(self)
 
     # -- life ----------------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ class Server:
             next_at = min(self._tick_at, self._look_at, self._groups.next_deadline)
             wait = _PARKED_S if self._post.waiting else max(next_at - self._clock(), 0.0)
             arrivals = self._transport.poll(wait)
+            self._pongs.clear()
             for arrival in arrivals:
                 self._arrived(arrival)
             while not self._inbox.empty():
@@ -256,6 +259,8 @@ class Server:
             case m.Upload():
                 self._filing.upload(session, message, partial(self._uploaded, session, request, message.round))
             case m.Leave():
+                if not message.done:
+                    self._seating.leaving(session)
                 self._decide(ev.EdgeLeft(session.seat, bool(message.done)), session.group)
                 self._post.answer(session, request, m.Bye())
                 if not message.done:
@@ -281,6 +286,9 @@ class Server:
                     continue
                 for note in members:
                     self._seating.take_in(note, answered, self._groups.place(self._sessions, True))
+        for group in self._groups:
+            # The round may have had all that it needs to close.
+            self._decide(ev.OthersChanged(group.state.elsewhere), group.number)
 
     def _replace_key(self, key: str, route: Route, request: int, message: m.ReplaceKey) -> None:
         self._door.replace_key(key, route, request, message)
@@ -343,8 +351,14 @@ class Server:
 
     def _pong(self, group: int | None = None) -> m.Pong:
         """How it stands with the hub; round and version are those of a group: another may be a moment ahead."""
+        if group not in self._pongs:
+            self._pongs[group] = self._look_around(group)
+        return self._pongs[group]
+
+    def _look_around(self, group: int | None) -> m.Pong:
         state = self._groups.running[0].state if group is None else self._groups.state(group)
         return m.Pong(
+            sessions=len(self._sessions),
             joined=sum(len(other.state.active) for other in self._groups),
             cohort=state.cohort,
             round=state.round,

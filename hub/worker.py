@@ -74,8 +74,8 @@ class Worker:
         """Begin to take jobs."""
         self._thread.start()
 
-    def put(self, action: act.Compute, progress: Progress) -> None:
-        """Queue an action; `progress` of its group as of now."""
+    def put(self, action: act.Compute, progress: Progress | None) -> None:
+        """Queue an action; `progress` of its group as of now, where the keeper is to have it."""
         self._jobs.put(lambda: self._carry_out(action, progress))
 
     def begin_round(self, merged: RoundMerged, keep: Collection[int]) -> None:
@@ -123,7 +123,7 @@ class Worker:
                 return
             self._report(event)
 
-    def _carry_out(self, action: act.Compute, progress: Progress) -> Report:
+    def _carry_out(self, action: act.Compute, progress: Progress | None) -> Report:
         match action:
             case act.RunForward():
                 return self._forward(action, progress)
@@ -135,6 +135,7 @@ class Worker:
             case act.RunInfer():
                 return self._infer(action)
             case act.CloseRound():
+                assert progress is not None
                 self._keeper.deposit(self._group, self.engine.standing(), progress)
                 return Deposited()
             case act.FreeStreams():
@@ -145,8 +146,9 @@ class Worker:
                         self.engine.close_session(session)
                 return ev.HousekeepingDone()
 
-    def _forward(self, action: act.RunForward, progress: Progress) -> ev.Event:
+    def _forward(self, action: act.RunForward, progress: Progress | None) -> ev.Event:
         if action.checkpoint:
+            assert progress is not None
             self._keeper.save(self._group, self.engine.standing(), progress)
         items = [item for _, item in action.payloads if isinstance(item, StepItem)]
         answers = self.engine.step_forward(items, action.micro)

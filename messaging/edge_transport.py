@@ -14,7 +14,7 @@ from zmq.utils.monitor import parse_monitor_message
 from messaging.joining import HubAddress
 from messaging.keys import KeyPair
 from messaging.knock import Knocker
-from messaging.sockets import PORTION, Context, Socket, Waker, milliseconds, readable, set_edge_options
+from messaging.sockets import PORTION, Context, Socket, Waker, milliseconds, readable, set_common_options
 from messaging.transport import (
     Buffer,
     Channel,
@@ -50,7 +50,7 @@ class Connection:
     def __init__(self, context: Context, hub: HubAddress, keys: KeyPair, channel: Channel) -> None:
         self.channel = channel
         self.sock: Socket = context.socket(zmq.DEALER)
-        set_edge_options(self.sock, channel)
+        set_common_options(self.sock, channel)
         self.sock.setsockopt(zmq.IPV6, 1)
         self.sock.setsockopt(zmq.IMMEDIATE, 1)
         self.sock.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)

@@ -35,10 +35,10 @@ from messaging.schema import message_schemas, schema_of
 from messaging.transport import Buffer
 
 SCHEMAS = message_schemas()
-ENVELOPE = schema_of(Envelope).scalars
+ENVELOPE = schema_of(Envelope)
 #: Places in the header: version, kind, envelope, tensors; the message's scalars come after them.
 _ENVELOPE_AT = 2
-_TENSORS_AT = _ENVELOPE_AT + len(ENVELOPE)
+_TENSORS_AT = _ENVELOPE_AT + len(ENVELOPE.scalars)
 _SCALARS_AT = _TENSORS_AT + 1
 #: What msgpack may find in a header; the longest text is 2048 characters of 4 bytes.
 _LIMITS = {
@@ -65,7 +65,7 @@ def encode(packet: Packet) -> list[Buffer]:
     message, envelope = packet.message, packet.envelope
     schema = SCHEMAS[message.kind]
     header: list[object] = [PROTOCOL_VERSION, message.kind]
-    header += [codec.write(getattr(envelope, codec.name)) for codec in ENVELOPE]
+    header += ENVELOPE.write(envelope)
     chunks: list[Buffer] = []
     described: list[list[int]] = []
     for name in schema.tensors:
@@ -73,7 +73,7 @@ def encode(packet: Packet) -> list[Buffer]:
         described.append(_describe(tensor, name))
         chunks += _frames_of(tensor)
     header.append(described)
-    header += [codec.write(getattr(message, codec.name)) for codec in schema.scalars]
+    header += schema.write(message)
     try:
         packed = msgpack.packb(header)
     except UnicodeEncodeError:
@@ -125,11 +125,11 @@ def decode(frames: Sequence[Buffer], expect: Set[int]) -> Packet:
     if type(header[1]) is not int or header[1] not in expect or header[1] not in SCHEMAS:
         raise ProtocolError("header: a kind of message that does not belong here")
     schema = SCHEMAS[header[1]]
-    scalars = schema.scalars
-    if len(header) != _SCALARS_AT + len(scalars):
-        raise ProtocolError(f"{schema.cls.__name__}: {len(header)} header fields, not {_SCALARS_AT + len(scalars)}")
-    envelope = Envelope(*[codec.read(header[at]) for at, codec in enumerate(ENVELOPE, _ENVELOPE_AT)])  # type: ignore[arg-type]
-    values = [codec.read(header[at]) for at, codec in enumerate(scalars, _SCALARS_AT)]
+    count = _SCALARS_AT + len(schema.scalars)
+    if len(header) != count:
+        raise ProtocolError(f"{schema.cls.__name__}: {len(header)} header fields, not {count}")
+    envelope = Envelope(*ENVELOPE.read(header[_ENVELOPE_AT:_TENSORS_AT]))  # type: ignore[arg-type]
+    values = schema.read(header[_SCALARS_AT:])
     values += _tensors(header[_TENSORS_AT], schema.tensors, frames)
     if schema.order is not None:
         values = [values[at] for at in schema.order]

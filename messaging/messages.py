@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 #: Request ids from here on are not numbered in order: those requests may be repeated without harm.
 UNORDERED_BASE = 1 << 31
@@ -249,10 +249,12 @@ class Ping(Message):
 
 @dataclass(frozen=True)
 class Pong(Message):
-    """H: alive; what the edge's screen shows of the hub. `busy_s`: for how many seconds the computation under way
-    has gone on, if that is unusually long; else 0. (The thread that answers is not the one that computes.)"""
+    """H: alive; what the edge's screen shows of the hub. `sessions`: all that are open, whether they train or generate:
+    how often to ping follows from that. `joined`: those of the cohort. `busy_s`: for how many seconds the computation
+    under way has gone on, if that is unusually long; else 0. (The thread that answers is not the one that computes.)"""
 
     kind: ClassVar[int] = 8
+    sessions: Count
     joined: Count
     cohort: Count
     round: Count

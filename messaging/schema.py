@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 
 from messaging.errors import ProtocolError
@@ -45,6 +45,14 @@ class Schema:
     scalars: tuple[FieldCodec, ...]
     tensors: tuple[str, ...]
     order: tuple[int, ...] | None
+
+    def read(self, values: Sequence[object]) -> list[object]:
+        """The scalars' values from as many items of a header. ProtocolError names the first that is wrong."""
+        return [codec.read(value) for codec, value in zip(self.scalars, values, strict=True)]
+
+    def write(self, item: object) -> list[object]:
+        """The scalars of `item` as they go into a header."""
+        return [codec.write(getattr(item, codec.name)) for codec in self.scalars]
 
 
 def schema_of(cls: type) -> Schema:
@@ -96,8 +104,10 @@ def _integer(where: str, limit: Limit) -> tuple[Convert, Convert]:
         return value
 
     def write(value: object) -> int:
+        if type(value) is int and least <= value <= most:
+            return value
         # An IntEnum or a bool of our own code becomes the plain integer that the other side wants.
-        return read(int(value) if type(value) is not int and isinstance(value, int) else value)
+        return read(int(value) if isinstance(value, int) else value)
 
     return read, write
 
@@ -164,12 +174,12 @@ def _nested(where: str, schema: Schema) -> tuple[Convert, Convert]:
     def read(value: object) -> object:
         if type(value) is not tuple or len(value) != len(codecs):
             raise ProtocolError(f"{where}: not an array of {len(codecs)} fields")
-        return schema.cls(*[codec.read(item) for codec, item in zip(codecs, value, strict=True)])
+        return schema.cls(*schema.read(value))
 
     def write(value: object) -> object:
         if not isinstance(value, schema.cls):
             raise ProtocolError(f"{where}: {type(value).__name__} where {schema.cls.__name__} belongs")
-        return tuple(codec.write(getattr(value, codec.name)) for codec in codecs)
+        return tuple(schema.write(value))
 
     return read, write
 

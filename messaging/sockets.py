@@ -32,34 +32,36 @@ PORTION = {Channel.CTL: 256, Channel.BULK: 16, Channel.ENROL: 8}
 _POLLIN = int(zmq.POLLIN)
 
 _HEARTBEAT_MS = 5_000
-#: Heartbeats find a silent link, TCP_MAXRT one with unsent data.
+#: Heartbeats find a silent link where there are any, TCP_MAXRT one with unsent data.
 _DEAD_LINK_MS = 15_000
+#: On CTL the kernel asks after a link that was silent for so long, and again. On Linux TCP_MAXRT says when there was
+#: no answer for too long; elsewhere the number of questions does.
+_KEEPALIVE_S, _KEEPALIVE_AGAIN_S, _KEEPALIVE_TIMES = 10, 5, 2
 _HANDSHAKE_MS = 5_000
 
 
 def set_common_options(sock: Socket, channel: Channel) -> None:
-    """Limits, liveness and closing, alike on both sides."""
+    """Limits, liveness and closing, alike on both sides.
+
+    On CTL there are no ZeroMQ heartbeats: an edge's pings find all that they would, the kernel ends connections whose
+    other end is gone, and the heartbeats of a thousand idle edges cost the hub as much as their pings.
+    """
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_WIRE_FRAME[channel])
     sock.setsockopt(zmq.SNDHWM, HIGH_WATER[channel])
     # No limit here: where one stops the input, and the peer then goes away before a heartbeat is due, libzmq 4.3.5
     # aborts the whole process (an assertion on _io_error). Credits bound what arrives, and `watch.py` at the hub.
     sock.setsockopt(zmq.RCVHWM, 0)
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_LINK_MS)
+    if channel is Channel.CTL:
+        sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_S)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEPALIVE_AGAIN_S)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, _KEEPALIVE_TIMES)
+    else:
+        sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_LINK_MS)
     sock.setsockopt(zmq.TCP_MAXRT, _DEAD_LINK_MS)
     sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
     sock.setsockopt(zmq.LINGER, 0)
-
-
-def set_edge_options(sock: Socket, channel: Channel) -> None:
-    """The same for an edge's DEALER.
-
-    On CTL only the hub sends heartbeats: the edge's pings find all that its own would, and a thousand edges'
-    heartbeats cost the hub as much again as its own.
-    """
-    set_common_options(sock, channel)
-    if channel is Channel.CTL:
-        sock.setsockopt(zmq.HEARTBEAT_IVL, 0)
 
 
 def readable(sock: Socket) -> bool:

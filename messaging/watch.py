@@ -7,6 +7,7 @@ messages count. What lies undelivered is what the kernel has received less what 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 import time
@@ -23,20 +24,23 @@ from messaging.transport import Allowance, Channel, Offence, Route
 #: A full look is taken when the process has grown by this much, or every so many seconds, or more seldom with
 #: many connections.
 _GROWTH_BYTES = 8 << 20
-_CONNECTIONS_PER_S = 200
+_CONNECTIONS_PER_S = 100
 #: Of the time, the part that may go into looking.
 _EFFORT = 0.1
 #: What a connection may hold undelivered besides requests: what lies in the kernel's buffers, and frames' heads.
 _SLACK_BYTES = 8 << 20
 #: The most that may lie undelivered, besides that, where messages are small.
 _SMALL = {Channel.CTL: 64 << 20, Channel.ENROL: 0}
-#: Heartbeats and the like, which are received and never delivered, in bytes a second.
+#: Heartbeats, which are received and never delivered, in bytes a second; on CTL there are none.
 _CHATTER = 64
 #: A handshake is over so many seconds after the connection was accepted.
 _HANDSHAKE_S = 6.0
 #: Handshakes of one key that are remembered without knowing their connections.
 _MOST_APPROVALS = 64
 _TRIM_BYTES = 32 << 20
+#: libzmq's thread drops what it held of a connection that was cut when it gets its turn, which nobody is told of:
+#: after a cut, memory is given back after the first of these, and again after twice as long up to the last.
+_TRIM_FIRST_S, _TRIM_LAST_S = 1.0, 16.0
 #: Opening it takes five times as long as reading it.
 _STATM, _STATM_BYTES = "/proc/self/statm", 128
 
@@ -58,6 +62,7 @@ class Watch:
         self._seen_rss = resident_bytes(self._statm)
         self._look_at = -1.0
         self._not_before = -1.0
+        self._trims = Trims()
 
     def delivered(self, channel: Channel, routing_id: bytes, first: zmq.Frame, size: int) -> None:
         """The application took a message of `size` bytes on the wire; `first` is its routing id's frame."""
@@ -98,6 +103,8 @@ class Watch:
         now = self._clock()
         for connections in self._channels.values():
             connections.refresh(now)
+        if self._trims.due(now):
+            _give_back()
         rss = resident_bytes(self._statm)
         if now < self._not_before or (now < self._look_at and rss < self._seen_rss + _GROWTH_BYTES):
             self._seen_rss = min(self._seen_rss, rss)
@@ -107,7 +114,7 @@ class Watch:
         condemned = condemn(undelivered, allowance)
         offences = [self._cut(connection, undelivered[connection], endless) for connection, endless in condemned]
         if sum(offence.size for offence in offences) > _TRIM_BYTES:
-            _give_back()
+            self._trims.cut(now)
         took = self._clock() - now
         self._seen_rss = rss
         self._not_before = now + took / _EFFORT
@@ -138,7 +145,6 @@ class Approvals:
     def __init__(self, source: Callable[[], Iterable[Approval]]) -> None:
         self._source = source
         self._open: defaultdict[str, list[Approval]] = defaultdict(list)
-        self._identified: list[Connection] = []
 
     def identified(self, connection: Connection) -> None:
         """This connection's key is known: one of that key's approvals was its."""
@@ -166,6 +172,26 @@ class Approvals:
             mine = self._open[approval.key]
             mine.append(approval)
             del mine[:-_MOST_APPROVALS]
+
+
+class Trims:
+    """When to give memory back after cuts: soon, since it may be much, and again, since not all may be free by then."""
+
+    def __init__(self) -> None:
+        self._cut_at, self._at = -math.inf, math.inf
+
+    def cut(self, now: float) -> None:
+        """A connection was cut that had much undelivered."""
+        self._cut_at = now
+        self._at = min(self._at, now + _TRIM_FIRST_S)
+
+    def due(self, now: float) -> bool:
+        """Whether to do so at this moment; if so, the next time is set."""
+        if now < self._at:
+            return False
+        since = max(now - self._cut_at, _TRIM_FIRST_S)
+        self._at = now + since if since < _TRIM_LAST_S else math.inf
+        return True
 
 
 def condemn(undelivered: Mapping[Connection, int], allowance: Allowance) -> list[tuple[Connection, bool]]:
@@ -199,7 +225,7 @@ def resident_bytes(statm: int) -> int:
 def _undelivered(connection: Connection, now: float) -> int:
     if not connection.read():
         return 0
-    chatter = round(_CHATTER * (now - connection.opened_at))
+    chatter = 0 if connection.channel is Channel.CTL else round(_CHATTER * (now - connection.opened_at))
     return connection.received - connection.delivered - chatter
 
 

@@ -140,6 +140,26 @@ def test_ctrl_c_on_an_edge_and_going_on_without_a_join_string(programs: Programs
     hub.until(lambda live: live["hub_step"] == steps + 4, "the steps of both runs, each once")
 
 
+@pytest.mark.slow
+def test_a_hub_that_is_killed_does_not_wait_for_who_left_after_its_checkpoint(programs: Programs, notes: Path) -> None:
+    """However long it would wait for those who have not."""
+    options = ("--cohort", 2, "--round-steps", 500, "--grace", "inf", "--checkpoint-every", 3600, *free_ports())
+    hub = programs.serve(*options)
+    leaving = programs.edge(hub, "leaving", notes, "--partition", "1:1")
+    staying = programs.edge(hub, "staying", notes, "--partition", "1:1", "--steps", 25)
+    hub.until(lambda live: live["hub_step"] >= 3, "three steps")
+    # The checkpoint of an orderly stop knows both.
+    assert hub.process.end(signal.SIGTERM, STOP_S).code == 0, str(hub.process)
+    hub = programs.serve(*options)
+    hub.until(lambda live: live["cohort_joined"] == 2, "both edges")
+    leaving.until_says("resumed at step")
+    assert leaving.end(signal.SIGINT, STOP_S).code == 130, str(leaving)
+    hub.process.kill()
+    back = programs.serve(*options)
+    assert "waiting for staying to come back" in back.process.out, str(back.process)
+    finish(staying)
+
+
 def test_edge_with_fewer_steps_finishes_while_another_goes_on(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--cohort", 2, "--rounds", 3, "--round-steps", 4)
     short = programs.edge(hub, "short", notes, "--partition", "1:1", "--steps", 6)
@@ -345,6 +365,17 @@ def members(hub: Hub, module_programs: Programs) -> list[Path]:
         enrol(module_programs, state, hub.join)
     assert EdgeState(states[0]).membership() is not None
     return states
+
+
+def test_a_pong_counts_the_sessions_that_only_generate(hub: Hub, members: list[Path]) -> None:
+    ping = m.Packet(m.Ping("idle", 0, 0.0, 0.0, 0.0, 0.0, None), m.Envelope(request=m.UNORDERED_BASE + 1))
+    with raw_edge(hub, members[0]) as edge:
+        assert link_event(edge) == Connected(Channel.CTL)
+        (before,), (welcome,), (after,) = answers(edge, ping), answers(edge, hello()), answers(edge, ping)
+    assert isinstance(welcome.message, m.Welcome)
+    assert isinstance(before.message, m.Pong)
+    assert isinstance(after.message, m.Pong)
+    assert (after.message.sessions, after.message.joined) == (before.message.sessions + 1, before.message.joined)
 
 
 def test_unknown_key_gets_nothing(hub: Hub) -> None:

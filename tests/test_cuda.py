@@ -13,26 +13,30 @@ from blocks.adapters import Adapter
 from blocks.codec import from_wire, to_wire
 from blocks.layout import REAL, Layout
 from blocks.partition import Partition
-from hub.engine import Engine, EngineSettings
+from hub.engine import Engine
 from hub.jobs import InferItem, Place
 from messaging.messages import Tensor
 from tests.support.models import (
     CONFIGS,
     CPU,
-    KV_BYTES,
     MORE_CONFIGS,
     Together,
     difference,
     make_edge,
+    make_engine,
     make_schedule,
-    source_of,
     whole_model,
 )
 from tests.support.training import Batch, TrainingEdge, make_batch, starting_adapter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+Devices = tuple[torch.device, ...]
 GPU = torch.device("cuda")
+#: What the hub computes on: a GPU, or a GPU and another device with half of the layers each.
+DEVICES: dict[str, Devices] = {"gpu": (GPU,), "gpu and cpu": (GPU, CPU), "cpu and gpu": (CPU, GPU)}
+if torch.cuda.device_count() > 1:
+    DEVICES["two gpus"] = (torch.device("cuda:0"), torch.device("cuda:1"))
 #: float32 on both, but sums in another order.
 CLOSE = 1e-4
 NAMES = ["llama", "gemma3", "gpt2", "bloom", "mixtral"]
@@ -44,10 +48,9 @@ def whole(name: str) -> PreTrainedModel:
     return whole_model({**CONFIGS, **MORE_CONFIGS}[name]())
 
 
-def engine_on(device: torch.device, name: str) -> Engine:
+def engine_on(devices: Devices, name: str) -> Engine:
     spec = adapters.make_spec(whole(name).config, 4, 8)
-    settings = EngineSettings(spec, make_schedule(lr=1e-2, clip=1.0, warmup=2), torch.float32, device, KV_BYTES)
-    return Engine(whole(name).config, source_of(whole(name)), settings)
+    return make_engine(whole(name), spec, make_schedule(lr=1e-2, clip=1.0, warmup=2), devices=devices)
 
 
 def close(given: Adapter, wanted: Adapter) -> bool:
@@ -80,8 +83,9 @@ def train(engine: Engine, name: str, start: Adapter, steps: int) -> list[dict[in
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_joined_steps_train_to_the_same_adapter(name: str) -> None:
-    there, here = engine_on(GPU, name), engine_on(CPU, name)
+@pytest.mark.parametrize("devices", DEVICES)
+def test_joined_steps_train_to_the_same_adapter(devices: str, name: str) -> None:
+    there, here = engine_on(DEVICES[devices], name), engine_on((CPU,), name)
     start = starting_adapter(whole(name), here.settings.spec)
     losses, wanted = train(there, name, start, 4), train(here, name, start, 4)
     for given, want in zip(losses, wanted, strict=True):
@@ -91,7 +95,7 @@ def test_joined_steps_train_to_the_same_adapter(name: str) -> None:
 
 
 def test_a_checkpoint_goes_from_one_device_to_the_other() -> None:
-    there, here = engine_on(GPU, "llama"), engine_on(CPU, "llama")
+    there, here = engine_on((GPU,), "llama"), engine_on((CPU,), "llama")
     start = starting_adapter(whole("llama"), here.settings.spec)
     train(there, "llama", start, 3)
     here.optimizer.load(there.optimizer.state())
@@ -105,9 +109,10 @@ def test_a_checkpoint_goes_from_one_device_to_the_other() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sessions_decode_to_the_unsplit_models_tokens(name: str) -> None:
+@pytest.mark.parametrize("devices", DEVICES)
+def test_sessions_decode_to_the_unsplit_models_tokens(devices: str, name: str) -> None:
     """Of different lengths, cuts and padding, one of them with beams, which reorder the cache."""
-    engine = engine_on(GPU, name)
+    engine = engine_on(DEVICES[devices], name)
     together = Together(engine)
     sessions = {
         1: (Partition(1, 1), make_batch(3, 5, [(0, 0)]), {}),
@@ -131,7 +136,7 @@ def test_a_published_version_gives_the_same_states(name: str) -> None:
     states = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
     given = []
     for device in (GPU, CPU):
-        engine = engine_on(device, name)
+        engine = engine_on((device,), name)
         engine.publish(1, starting_adapter(whole(name), engine.settings.spec), ())
         (answer,) = engine.infer([InferItem(1, 1, 1, Place(1, 5), 1, layout, (), to_wire(states))])
         assert isinstance(answer, Tensor), answer

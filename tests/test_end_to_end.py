@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, pipeline
 
 import edge
+from blocks import decoding
 from messaging.joining import JoinString, read_join
 from messaging.transport import Channel
 from tests.support.relay import Relay
@@ -185,11 +186,14 @@ def test_generation_is_the_same_for_a_join_string_and_a_new_state(trained: Train
         assert greedy(model, PROMPT, 8) == greedy(unsplit, PROMPT, 8)
 
 
-def test_an_edges_weights_lie_as_decoding_wants_them(trained: Trained) -> None:
+def test_an_edges_layers_multiply_as_is_fastest(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_SMALL_BYTES", 0)
     with trained.model() as model:
         head = model.get_output_embeddings()
         assert head.weight.stride() == (1, head.out_features)
-        assert model.model.layers[0].mlp.up_proj.base_layer.weight.stride()[0] == 1
+        for module in (head, model.model.layers[0].mlp.up_proj.base_layer):
+            assert isinstance(module, decoding.DecodingLinear)
+            assert module.ways
 
 
 def test_noise_changes_what_leaves_and_its_size_is_told(trained: Trained) -> None:

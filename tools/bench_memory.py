@@ -29,12 +29,13 @@ from transformers import AutoConfig
 import messaging.messages as m
 from blocks import adapters
 from blocks.codec import from_wire, to_wire
+from blocks.decoding import speed_up_decoding
 from blocks.layout import Layout
 from blocks.optimizer import AdapterOptimizer, Schedule
 from blocks.partition import Partition
 from blocks.quantize import parse_bits
 from blocks.remote import build_edge, remote_of
-from blocks.surgery import CutModel, build_whole, load, store_by_columns
+from blocks.surgery import CutModel, build_whole, load
 from blocks.weights import TensorInfo
 from edge.allocator import keep_large_tensors_apart
 from edge.data import Batch
@@ -178,7 +179,7 @@ def build_edge_half(config: Any, p: int, q: int, dtype: torch.dtype, bits: int |
     cut = build_edge(config, Partition(p, q), dtype)
     names = dict(build_whole(config, dtype)[0].named_parameters())
     load(cut, RandomWeights(names), dtype, torch.device("cpu"), bits)
-    store_by_columns(cut.layers)
+    speed_up_decoding(cut.layers)
     adapters.inject(cut, adapters.make_spec(config, LORA_RANK, alpha=16))
     remote_of(cut).attach(Echo())
     return cut

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 from typing import Any
 
@@ -57,7 +58,8 @@ class Process:
             with self._out.open("wb") as out, self._err.open("wb") as err:
                 command = [str(BIN / argv[0]), *argv[1:]]
                 popen = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **env})
-            self.pid, self._code, self._join = popen.pid, popen.poll, popen.wait
+            self.pid, self._code = popen.pid, popen.poll
+            self._join: Callable[[], object] = popen.wait
         else:
             fork = _forks.Process(target=_run_forked, args=(argv, str(self._out), str(self._err), dict(env), prepare))
             fork.start()
@@ -91,12 +93,12 @@ class Process:
         """Wait for a piece of its output."""
         self.until(lambda: text in self.out + self.err, repr(text), timeout_s)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: Signals) -> None:
         """Send it a signal, if it still runs."""
         if self.running:
             os.kill(self.pid, number)
 
-    def end(self, number: signal.Signals, within_s: float = COMMAND_S) -> Done:
+    def end(self, number: Signals, within_s: float = COMMAND_S) -> Done:
         """Send it a signal and wait for what it does about it."""
         self.signal(number)
         return self.wait(within_s)

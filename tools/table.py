@@ -64,7 +64,7 @@ class Table:
 
     def missing(self) -> list[str]:
         """Required rows that were neither measured nor skipped."""
-        known = {item.row for item in (*self.rows, *self.skipped)}
+        known = {*(row.row for row in self.rows), *(skipped.row for skipped in self.skipped)}
         return [name for name in self.required if name not in known]
 
     def write(self, path: Path) -> None:

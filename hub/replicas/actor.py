@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ class Plan:
     spec: LoraSpec
     schedule: Schedule
     dtype: str
-    device: str
+    devices: tuple[str, ...]
     share: int
     threads: int
     recompute: bool = False
@@ -132,13 +133,13 @@ class Replica:
 def _load(plan: Plan) -> Engine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(plan.threads or max(1, cores // plan.share))
-    device = pick_device(plan.device)
+    devices = tuple(pick_device(name) for name in plan.devices)
     files = open_model(plan.model)
     if model_hash(make_manifest(files)) != plan.hash:
         raise InputError(
             f"{plan.model} on {socket.gethostname()} is not the model that the hub has under this name: "
             "copy the hub's there, at the same path"
         )
-    memory = kv_bytes(device, plan.share)
-    settings = EngineSettings(plan.spec, plan.schedule, DTYPES[plan.dtype], device, memory, plan.recompute)
+    memory = partial(kv_bytes, devices, plan.share)
+    settings = EngineSettings(plan.spec, plan.schedule, DTYPES[plan.dtype], devices, memory, plan.recompute)
     return Engine(files.config, files.source, settings)

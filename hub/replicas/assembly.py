@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from blocks.device import pick_device
+from blocks.device import pick_devices
 from hub.replicas.actor import Plan
 from hub.replicas.cluster import Cluster
 from hub.replicas.remote import RemoteEngine
@@ -22,13 +22,13 @@ from messaging.console import Journal
 @contextmanager
 def compute_place(
     device: str, replicas: int | None, address: str | None
-) -> Iterator[tuple[Cluster | None, torch.device]]:
+) -> Iterator[tuple[Cluster | None, tuple[torch.device, ...]]]:
     """Where B computes: in this process (`replicas` None), or in processes of a cluster, which is let go at the end."""
     if replicas is None:
-        yield None, pick_device(device)
+        yield None, pick_devices(device)
         return
     with closing(Cluster(address, replicas)) as cluster:
-        yield cluster, torch.device(cluster.device(device, replicas))
+        yield cluster, tuple(torch.device(name) for name in cluster.devices(device, replicas))
 
 
 def start_replicas(

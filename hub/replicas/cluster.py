@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from itertools import count
 from typing import Any
 
 import psutil
@@ -65,18 +66,26 @@ class Cluster:
         """The replicas' processes find the hub's code where this process does."""
         return self._ray.job_config.JobConfig(_py_driver_sys_path=[path for path in sys.path if path])
 
-    def device(self, wanted: str, replicas: int) -> str:
-        """What each replica computes on, `cpu` or `cuda`. InputError if the cluster is too small for all of them."""
+    def devices(self, wanted: str, replicas: int) -> tuple[str, ...]:
+        """What each replica computes on. Its GPUs, as many as `wanted` names, have numbers of their own in its process.
+
+        InputError if the cluster is too small for all of them.
+        """
         resources = self._ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         if cores < replicas:
             raise InputError(f"--replicas {replicas}: each needs a core, and the Ray cluster has {cores}")
         if wanted == "auto":
-            return "cuda" if gpus >= replicas else "cpu"
-        kind = wanted.partition(":")[0]
-        if kind == "cuda" and gpus < replicas:
-            raise InputError(f"--replicas {replicas} on --device {wanted}: the Ray cluster has {gpus} GPUs")
-        return pick_device(wanted).type if kind != "cuda" else "cuda"
+            return ("cuda:0",) if gpus >= replicas else ("cpu",)
+        names = [name.strip() for name in wanted.split(",")]
+        each = sum(_is_gpu(name) for name in names)
+        room = sum(_gpus(node) // each for node in self._ray.nodes() if node["Alive"]) if each else replicas
+        if room < replicas:
+            raise InputError(
+                f"--replicas {replicas} on --device {wanted}: the Ray cluster's machines have the GPUs for {room}"
+            )
+        number = count()
+        return tuple(f"cuda:{next(number)}" if _is_gpu(name) else str(pick_device(name)) for name in names)
 
     def share(self, replicas: int) -> int:
         """How many replicas a machine has."""
@@ -85,7 +94,7 @@ class Cluster:
 
     def start(self, plan: Plan, name: str) -> tuple[Any, str]:
         """A process for a replica, and where it is. ReplicaLost if none can be had, InputError if it cannot work."""
-        needs = {"num_cpus": 1, "num_gpus": 1 if plan.device == "cuda" else 0}
+        needs = {"num_cpus": 1, "num_gpus": sum(map(_is_gpu, plan.devices))}
         self._wait_for_room(needs, name)
         actor = self._ray.remote(Replica).options(**needs, max_restarts=0, scheduling_strategy="SPREAD").remote(plan)
         try:
@@ -105,7 +114,7 @@ class Cluster:
             if free.get("CPU", 0) >= needs["num_cpus"] and free.get("GPU", 0) >= needs["num_gpus"]:
                 return
             if time.monotonic() > deadline:
-                raise ReplicaLost(f"the Ray cluster has no room for {name}, which needs a core and its device")
+                raise ReplicaLost(f"the Ray cluster has no room for {name}, which needs a core and its devices")
             time.sleep(_LOOK_S)
 
     def ask(self, answer: Any, name: str, timeout_s: float | None = None) -> Any:
@@ -129,6 +138,15 @@ class Cluster:
         self._ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _is_gpu(device: str) -> bool:
+    return device.partition(":")[0] == "cuda"
+
+
+def _gpus(node: Any) -> int:
+    """The GPUs of one of Ray's machines."""
+    return int(node["Resources"].get("GPU", 0))
 
 
 _QUIET: dict[str, Any] = {"configure_logging": False, "log_to_driver": False, "logging_level": "CRITICAL"}

@@ -253,3 +253,18 @@ class AccessList:
         now = self._clock()
         with self._database.transaction() as db:
             db.executemany("UPDATE keys SET last_seen = ? WHERE origin = ?", [(now, origin) for origin in origins])
+
+    def note_left(self, origin: str) -> None:
+        """An edge has said good-bye to the training: on the disk on return."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE keys SET left_at = ? WHERE origin = ?", (self._clock(), origin))
+
+    def note_back(self, origin: str) -> None:
+        """An edge that may have left trains again: on the disk on return."""
+        if self._database.rows("SELECT 1 FROM keys WHERE origin = ? AND left_at IS NOT NULL", origin):
+            with self._database.transaction() as db:
+                db.execute("UPDATE keys SET left_at = NULL WHERE origin = ?", (origin,))
+
+    def left(self) -> set[str]:
+        """The edges, by their origins, that have left the training and not come back."""
+        return {row[0] for row in self._database.rows("SELECT origin FROM keys WHERE left_at IS NOT NULL")}

@@ -13,7 +13,7 @@ from typing import Any
 from hub.store.files import StoreError
 
 #: Raised whenever the tables change; a file of a newer FedSEA is left alone.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Seconds to wait for another process that is writing.
 _BUSY_S = 10.0
@@ -25,7 +25,8 @@ CREATE TABLE keys (
     name TEXT NOT NULL UNIQUE,
     enrolled_at REAL NOT NULL,     -- all times: seconds since 1970
     revoked_at REAL,
-    last_seen REAL
+    last_seen REAL,
+    left_at REAL                   -- when it said good-bye to the training; NULL if it has not, or has come back
 );
 CREATE TABLE tokens (
     sha256 TEXT PRIMARY KEY,       -- the token itself is kept nowhere
@@ -61,6 +62,7 @@ ALTER TABLE keys ADD COLUMN origin TEXT;
 UPDATE keys SET origin = key;
 CREATE TABLE replaced (key TEXT PRIMARY KEY, origin TEXT NOT NULL, replaced_at REAL NOT NULL);
 """,
+    2: "ALTER TABLE keys ADD COLUMN left_at REAL;",
 }
 
 

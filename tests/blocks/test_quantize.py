@@ -12,10 +12,11 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
 from blocks import adapters, quantize
+from blocks.decoding import speed_up_decoding
 from blocks.partition import Partition
 from blocks.quantize import QuantizedLinear, held_bytes, parse_bits, quantizable
 from blocks.remote import build_edge, remote_of
-from blocks.surgery import CutModel, load, store_by_columns
+from blocks.surgery import CutModel, load
 from blocks.weights import TensorInfo, WeightSource
 from edge.data import Batch
 from edge.middle import HubMiddle
@@ -155,10 +156,10 @@ def test_the_head_keeps_what_comes_before_it() -> None:
     assert [hook.__name__ for hook in head._forward_pre_hooks.values()] == ["_packed"]
 
 
-def test_laying_out_by_columns_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speeding_decoding_up_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cut = edge("llama", 8)
     monkeypatch.setattr(QuantizedLinear, "weight", property(lambda self: pytest.fail("made in full")))
-    store_by_columns(cut.layers)
+    speed_up_decoding(cut.layers)
 
 
 def test_a_model_without_plain_linears_is_refused() -> None:

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from blocks.partition import Partition
 from blocks.remote import build_edge, remote_of
 from blocks.surgery import load
-from blocks.weights import FileSource, StateDictSource, TensorInfo, WeightSource, read_header
+from blocks.weights import FileSource, TensorInfo, WeightSource, read_header
 from messaging.errors import InputError
 from tests.support.models import CONFIGS, CPU, MORE_CONFIGS, Alone, LocalMiddle, difference, make_engine, whole_model
+from tests.support.weights import StateDictSource
 
 PARTITION = Partition(2, 1)
 
@@ -107,15 +108,6 @@ def test_bytes_can_be_read_from_any_offset(tmp_path: Path) -> None:
     buffer = bytearray(10)
     FileSource([tmp_path / "x.safetensors"]).read_bytes("second", 40, memoryview(buffer))
     assert list(buffer) == list(range(40, 50))
-
-
-def test_a_state_dict_hands_out_copies() -> None:
-    tensors = {"x": torch.zeros(3), "n": torch.arange(3)}
-    source = StateDictSource(tensors)
-    source.read("x", torch.float32).add_(1)
-    source.read("n", torch.float32).add_(1)
-    assert tensors["x"].tolist() == [0, 0, 0]
-    assert tensors["n"].tolist() == [0, 1, 2]
 
 
 # -- what is wrong with files ----------------------------------------------------------------------------

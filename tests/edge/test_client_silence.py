@@ -52,7 +52,7 @@ class Scene:
             for arrival in [item for item in arrivals if item.route.routing_id in self.hub._edges]:
                 message = decode(arrival.frames, m.TO_HUB).message
                 if isinstance(message, m.Ping) and answer_pings:
-                    self.answer(arrival, m.Pong(1, 1, 0, 0, 0, 0, 0, 0))
+                    self.answer(arrival, m.Pong(1, 1, 1, 0, 0, 0, 0, 0, 0))
                 elif isinstance(message, kind):
                     return arrival
         raise AssertionError(f"no {kind.__name__} came")
@@ -105,6 +105,15 @@ def opened(scene: Scene) -> Scene:
 
 
 STEP = m.StepForward(0, 1, (), m.Tensor("u8", (1, 1, 3), (b"abc",)))
+
+
+def test_how_often_to_ping_follows_from_all_sessions_not_from_the_cohort(opened: Scene) -> None:
+    """Where thousands only generate, the cohort may be empty."""
+    opened.now += 6.0
+    opened.edge.wake()
+    ping = opened.request(m.Ping, answer_pings=False)
+    opened.answer(ping, m.Pong(4000, 0, 1, 0, 0, 0, 0, 0, 0))
+    opened.until(lambda: opened.client._liveness.quiet_s == 2 * (4000 / 200 + 1))
 
 
 def test_after_three_missed_pings_the_session_is_resumed_over_fresh_sockets(opened: Scene) -> None:

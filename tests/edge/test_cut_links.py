@@ -81,7 +81,7 @@ class CountingHub:
         packet = decode(arrival.frames, m.TO_HUB)
         message, request = packet.message, packet.envelope.request
         if isinstance(message, m.Ping):
-            self._send(arrival.route, request, m.Pong(1, 1, 0, 0, 0, 0, 0, 0))
+            self._send(arrival.route, request, m.Pong(1, 1, 1, 0, 0, 0, 0, 0, 0))
         elif isinstance(message, m.Hello):
             self._send(arrival.route, request, _welcome(self._replies.next))
         else:

@@ -12,7 +12,7 @@ from messaging.console import Journal
 
 
 def pong(busy_s: int = 0) -> m.Pong:
-    return m.Pong(1, 1, 0, 0, 0, 0, 0, busy_s)
+    return m.Pong(1, 1, 1, 0, 0, 0, 0, 0, busy_s)
 
 
 @dataclass

@@ -19,7 +19,7 @@ def planned(rows: int = 4, needed: int = 1, under_way: int = 1) -> Planned:
 
 @pytest.mark.parametrize(
     ("rows", "seq", "count"),
-    [(4, 128, 4), (8, 128, 4), (2, 128, 2), (1, 512, 1), (4, 64, 2), (4, 16, 1), (4, 2048, 4)],
+    [(4, 128, 2), (6, 128, 3), (8, 128, 4), (2, 128, 2), (1, 512, 1), (4, 64, 2), (4, 16, 1), (4, 2048, 4)],
 )
 def test_auto_cuts_into_parts_that_are_worth_it(rows: int, seq: int, count: int) -> None:
     found = in_micro_batches(planned(rows), "auto", None, seq)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from blocks import adapters
+from blocks import adapters, decoding
 from blocks.adapters import Adapter
 from blocks.codec import from_wire, to_wire
 from blocks.layout import Layout
@@ -366,3 +366,10 @@ def test_publishing_leaves_training_as_it_was() -> None:
     assert engine.optimizer.state().keys() == moments.keys()
     live = adapters.parameters(engine._tuned.cut, "training_copy")
     assert all(parameter.requires_grad for parameter in live.values())
+
+
+def test_the_hubs_layers_multiply_as_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_SMALL_BYTES", 0)
+    engine = make_engine(whole("llama"))
+    plain, tuned = (blocks.cut.layers[0].mlp.up_proj for blocks in (engine._plain, engine._tuned))
+    assert plain.ways == tuned.base_layer.ways != ()

@@ -104,12 +104,13 @@ def test_a_replica_of_ray_that_is_killed_is_started_again(programs: Programs, al
 def test_whatever_dies_a_round_publishes_the_average(programs: Programs, alone: list[Alone]) -> None:
     """The hub after a step that nobody hears of; a replica within one; another as it gives its part, and once it has
     the average."""
-    serve = [*options(2, "--replicas", 2, "--checkpoint-every", 0.1), *free_ports()]
-    first = programs.serve(*serve, prepare=without_ray, env={"HUB_DIES": "replica 1#1:apply_step:3:after"})
+    serve = [*options(2, "--replicas", 2), *free_ports()]
+    often, seldom = ("--checkpoint-every", 0.1), ("--checkpoint-every", 60)
+    first = programs.serve(*serve, *often, prepare=without_ray, env={"HUB_DIES": "replica 1#1:apply_step:3:after"})
     edges = [train(programs, first, name) for name in NAMES]
     first.process.wait()
-    dies = "replica 2#1:step_backward:3:after,replica 1#1:standing:3:before,replica 1#2:begin_round:1:after"
-    second = programs.serve(*serve, prepare=without_ray, env={"DIES": dies})
+    dies = "replica 2#1:step_backward:3:after,replica 1#1:standing:1:before,replica 1#2:begin_round:1:after"
+    second = programs.serve(*serve, *seldom, prepare=without_ray, env={"DIES": dies})
     finish(*edges)
     assert_same(published(second), average(alone))
     log = second.process.out

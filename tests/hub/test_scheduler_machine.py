@@ -90,19 +90,24 @@ def finish(hub: ModelHub, edges: list[Edge], most: int = 500) -> bool:
     return False
 
 
-def outcome(hub: ModelHub, edges: list[Edge]) -> object:
-    """What a training comes to: both sides' weights, the rows of every step, the counts."""
+def outcome(hub: ModelHub, edges: list[Edge]) -> tuple:  # type: ignore[type-arg]
+    """What a training comes to: what each side trained, the rows of every step, the counts."""
     state = hub.scheduler.state
-    sides = [(edge.name, edge.standing.steps, edge.standing.weights) for edge in edges]
+    sides = [(edge.name, edge.standing.steps, edge.gave) for edge in edges]
     return sides, hub.engine.weights, hub.engine.log, hub.applied, hub.published, (state.hub_step, state.round)
 
 
+def adapters_kept(edges: list[Edge]) -> list[tuple[int, str]]:
+    """The version of the published adapter that each edge ends with, and what it has by that."""
+    return [(edge.standing.version, edge.standing.weights) for edge in edges]
+
+
 @cache
-def undisturbed(recipe: Recipe) -> object:
-    """The outcome when nothing happens."""
+def undisturbed(recipe: Recipe) -> tuple[tuple, list[tuple[int, str]]]:  # type: ignore[type-arg]
+    """The outcome when nothing happens, and the adapters that the edges end with."""
     hub, edges = recipe.hub(), recipe.edges()
     assert finish(hub, edges), "an undisturbed training comes to its end"
-    return outcome(hub, edges)
+    return outcome(hub, edges), adapters_kept(edges)
 
 
 class Honest(RuleBasedStateMachine):
@@ -229,7 +234,12 @@ class Honest(RuleBasedStateMachine):
         assert finish(self.hub, self.edges), "nobody waits for ever"
         assert all(edge.skips == 0 for edge in self.edges), "nothing that was learned is lost"
         assert {end for edge in self.edges for end in edge.ends} <= {"done"}, "no honest edge is sent away"
-        assert outcome(self.hub, self.edges) == undisturbed(self.recipe), "the end is that of an undisturbed run"
+        expected, kept = undisturbed(self.recipe)
+        assert outcome(self.hub, self.edges) == expected, "the end is that of an undisturbed run"
+        for edge, mine, other in zip(self.edges, adapters_kept(self.edges), kept, strict=True):
+            # The others do not wait for an edge that has all its steps, nor for it to hear of its last round.
+            later = edge.wanted is not None and mine[0] > other[0]
+            assert later or mine == other, "every edge ends with the adapter of its last round, or a newer one"
 
     def rules_hold(self) -> None:
         for name in dir(type(self)):
@@ -444,7 +454,7 @@ class HonestOnly(Honest):
 
     @invariant()
     def rule_every_joined_step_is_that_of_an_undisturbed_run(self) -> None:
-        _, _, log, *_ = undisturbed(self.recipe)  # type: ignore[misc]
+        (_, _, log, *_), _ = undisturbed(self.recipe)
         assert self.hub.engine.log == log[: len(self.hub.engine.log)]
 
 

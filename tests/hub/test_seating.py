@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from blocks.layout import Layout
 from hub.credits import Credits
@@ -17,6 +20,7 @@ from hub.scheduler import events as ev
 from hub.scheduler.state import HiddenGiven, Member, Phase, State, StepTaken
 from hub.seating import Seating
 from hub.sessions import Session, Sessions
+from hub.store.files import StoreError
 from messaging.console import Journal
 from messaging.errors import ErrorCode
 from messaging.messages import Tensor
@@ -52,9 +56,9 @@ def test_nor_is_one_that_waits_in_the_other_seat_by_then() -> None:
     assert refusal.code is ErrorCode.BEHIND
 
 
-def seating_of(groups: Groups, sessions: Sessions, ledger: Ledger) -> Seating:
-    """Of a hub whose only edge is 'ward', with the key 'key'."""
-    access = SimpleNamespace(name_by_origin=lambda key: {"key": "ward"}.get(key))
+def seating_of(groups: Groups, sessions: Sessions, ledger: Ledger, left: Collection[str] = ()) -> Seating:
+    """Of a hub whose only edge is 'ward', with the key 'key'; `left`: who has left the training, by key."""
+    access = SimpleNamespace(name_by_origin=lambda key: {"key": "ward"}.get(key), left=lambda: left)
     desk = SimpleNamespace(place=lambda p, q: Place(p, 3 - q), new_replies=Replies)
     unused: Any = None
     return Seating(sessions, groups, access, desk, unused, ledger, Journal(), 60.0, clock=lambda: 0.0)  # type: ignore[arg-type]
@@ -77,6 +81,39 @@ def test_an_edge_that_moves_to_another_replica_is_told_again_what_it_may_not_hav
     assert again == [act.AnswerForward(member.session, 1, 4, "hidden")]
     again = groups[0].scheduler.handle(ev.GradientReceived(member.session, 2, 4, "gradient"))
     assert again == [act.AnswerBackward(member.session, 2, 4, "grad", 5, False)]
+
+
+@pytest.mark.parametrize("left", [set(), {"key"}])
+def test_nobody_waits_for_an_edge_that_left_after_the_checkpoint(left: set[str]) -> None:
+    groups = groups_of(State(1, 20, 0))
+    seating = seating_of(groups, Sessions(0, Credits(1 << 30)), Ledger({"key": 5}, {}, {}), left)
+    seating.restore([MemberNote("key", (1, 1), True, False)], [], True)
+    assert [member.name for member in groups.state(0).members.values()] == ([] if left else ["ward"])
+    assert groups.state(0).phase is (Phase.GATHERING if left else Phase.FORWARD)
+
+
+def test_no_round_is_opened_again_for_an_edge_that_has_left() -> None:
+    """Its replica is no more, and the others close the round: there is nobody to take another step for."""
+    groups = groups_of(State(1, 20, 0, phase=Phase.CLOSING, round_step=20, joint=True))
+    seating = seating_of(groups, Sessions(0, Credits(1 << 30)), Ledger({"key": 5}, {}, {"key": 1}), {"key"})
+    note = MemberNote("key", (1, 1), True, False)
+    seating.take_in(note, [], 0)
+    assert groups.state(0).phase is Phase.CLOSING
+    assert not groups.state(0).members
+    seating_of(groups, Sessions(0, Credits(1 << 30)), Ledger({"key": 5}, {}, {"key": 1})).take_in(note, [], 0)
+    assert groups.state(0).phase is Phase.FORWARD
+
+
+def test_an_edge_may_leave_while_the_disk_fails() -> None:
+    seating = seating_of(groups_of(State(1, 20, 0)), Sessions(0, Credits(1 << 30)), Ledger({}, {}))
+
+    def fails(_: str) -> None:
+        raise StoreError("no space left")
+
+    seating._access.note_left = fails  # type: ignore[method-assign]
+    session = Session(17, 7, "key", "ward", True, (1, 1), Place(1, 2), None, Replies(), 0.0)
+    seating.leaving(session)
+    assert "ward leaves, which a hub that is started again may not know: no space left" in seating._journal.recent()[-1]
 
 
 def test_an_edge_that_leaves_within_a_step_comes_back_to_where_that_is_computed() -> None:

@@ -336,6 +336,25 @@ def test_keys_that_cannot_take_the_place_of_another(state: HubState) -> None:
         state.access.replace(key(), key())
 
 
+def test_who_has_left_the_training_is_known_until_it_is_back(state: HubState) -> None:
+    first, second = key(), key()
+    token = state.access.invite(uses=2)
+    for name, mine in (("clinic", first), ("bank", second)):
+        state.access.enrol(token, mine, name)
+    assert state.access.left() == set()
+    state.access.note_left(first)
+    state.access.note_left(second)
+    state.access.note_back(second)
+    assert state.access.left() == {first}
+    # By its origin, whatever key it has by now.
+    state.access.replace(first, key())
+    assert state.access.left() == {first}
+    with HubState.open(state.folder, exclusive=False) as beside:
+        assert beside.access.left() == {first}
+    state.access.note_back(first)
+    assert state.access.left() == set()
+
+
 # -- files of the version before -------------------------------------------------------------------
 
 _VERSION_1 = """
@@ -365,6 +384,8 @@ def test_a_state_of_the_version_before_keeps_its_edges(tmp_path: Path) -> None:
         state.access.replace(mine, second)
         assert state.access.enrol(state.access.invite(name="bank"), key(), "") == "bank"
         assert state.access.present_key(mine) == second
+        state.access.note_left(mine)
+        assert state.access.left() == {mine}
     create_database(tmp_path / "hub.db")
     database = Database(tmp_path / "hub.db")
     assert database.rows("PRAGMA user_version") == [(SCHEMA_VERSION,)]

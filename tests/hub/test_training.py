@@ -21,7 +21,7 @@ PLACES = {1: Place(1, 5), 2: Place(2, 4)}
 def engine(name: str = "llama", recompute: bool = False) -> Engine:
     model = whole_model((CONFIGS | MORE_CONFIGS)[name]())
     spec = adapters.make_spec(model.config, 4, 8)
-    settings = EngineSettings(spec, Schedule(1e-2, 0, 1.0, 0.0), torch.float32, CPU, KV_BYTES, recompute)
+    settings = EngineSettings(spec, Schedule(1e-2, 0, 1.0, 0.0), torch.float32, (CPU,), lambda: KV_BYTES, recompute)
     made = Engine(model.config, source_of(model), settings)
     made.set_trained(starting_adapter(model, spec))
     return made

@@ -37,7 +37,7 @@ from messaging.requests import Requests, Session
 from messaging.transport import Channel
 
 OPEN = Session(number=5, epoch=2, credits=1 << 30, next_ordered=1)
-PONG = Pong(1, 1, 0, 0, 0, 0, 0, 0)
+PONG = Pong(1, 1, 1, 0, 0, 0, 0, 0, 0)
 DESCRIPTION = Description("fedsea", "pocket", "", "float32", 8, 0, 0, 0)
 
 

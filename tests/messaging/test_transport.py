@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
+import zmq
 
 from messaging.edge_transport import EdgeTransport
 from messaging.errors import InputError
@@ -52,6 +56,43 @@ def test_there_and_back_on_both_channels(hub, first_event: FirstEvent) -> None:
         assert arrival.frames == [b"head", data, data]
         assert hub.transport.send(arrival.route, arrival.frames) is SendResult.SENT
         assert receive(edge) == (channel, [b"head", data, data])
+
+
+def kept_alive(fd: int) -> tuple[int, int, int, int]:
+    """SO_KEEPALIVE, and seconds until the kernel asks, between two questions, and how many, of somebody's socket."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        times = [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+        return (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *times)  # type: ignore[return-value]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on /proc")
+def test_ctl_is_kept_alive_by_the_kernel_on_both_sides_and_bulk_by_heartbeats(hub, first_event: FirstEvent) -> None:
+    edge = joined(hub, first_event)
+    for channel in (Channel.BULK, Channel.CTL):
+        send(edge, channel, [b"x"])
+        hub.arrival()
+    (accepted,) = hub.transport._watch._channels[Channel.CTL]
+    assert kept_alive(accepted.fd) == (1, 10, 5, 2)
+    # The hub and this edge are one process: the other end is the socket whose peer is the hub's port.
+    sides = [kept_alive(fd) for fd in descriptors_to(hub.transport.ports[Channel.CTL])]
+    assert sides == [(1, 10, 5, 2)]
+    for channel, heartbeat in ((Channel.CTL, 0), (Channel.BULK, 5000)):
+        assert hub.transport._sockets[channel].getsockopt(zmq.HEARTBEAT_IVL) == heartbeat
+        assert edge._connections[channel].sock.getsockopt(zmq.HEARTBEAT_IVL) == heartbeat
+
+
+def descriptors_to(port: int) -> list[int]:
+    """This process's TCP sockets that dialled a port."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.getpeername()[1] == port:
+                    found.append(int(name))
+        except (OSError, IndexError, TypeError):
+            continue
+    return found
 
 
 def test_bulk_is_opened_by_the_first_send(hub, first_event: FirstEvent) -> None:

@@ -374,6 +374,7 @@ class Process:
             # Ahead of the upload: the checkpoint that the last upload brings about knows that it has left.
             yield Ask("leave", content=True)
         if standing.tokens:
+            self._edge.gave = standing.weights
             yield Ask("upload", standing.round, Adapter(self._edge.name, standing.round, standing.weights))
         published = yield Ask("await", standing.round)
         self._load(published.version)
@@ -468,6 +469,8 @@ class Edge:
         self.standing = Standing(0, 0, 0, "")
         self.process: Process | None = None
         self.done = False
+        #: what it uploaded last
+        self.gave = ""
         #: how often it had to go on from the published adapter
         self.skips = 0
         #: what ended its processes that were not killed

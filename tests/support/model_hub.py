@@ -94,6 +94,8 @@ class ModelHub:
         #: the newest checkpoint on the disk, and those that are being written
         self.durable: Point | None = None
         self.writing: list[Point] = []
+        #: who has left the training, by name: on the disk at once
+        self.left: set[str] = set()
         self.starts = 0
         self._begin()
 
@@ -123,8 +125,8 @@ class ModelHub:
         self.stepping: dict[int, int] = {}
         #: the deadline that runs
         self.deadline: int | None = None
-        #: the latest answers that stand for a step, by seat and micro-batch
-        self.grads: dict[tuple[int, int], tuple[int, object, int, bool]] = {}
+        #: the latest answers that stand for a step, by seat, step and micro-batch
+        self.grads: dict[tuple[int, int, int], tuple[int, object, int, bool]] = {}
         self.hiddens: dict[tuple[int, int, int], Hidden] = {}
         self._passed_training = self._passed_inference = 0
         self.seen = (state.version, state.round, state.hub_step)
@@ -136,7 +138,7 @@ class ModelHub:
         """As `Server.restore`."""
         state, answers = self.scheduler.state, {item.key: item for item in point.answered}
         for note in point.members:
-            if note.left and not note.contributes:
+            if note.key in self.left or (note.left and not note.contributes):
                 continue
             applied, number = self.applied.get(note.key, 0), next(self._numbers)
             self.seats[number] = Seat(number, number, note.key, True, applied, (applied, 0))
@@ -155,12 +157,13 @@ class ModelHub:
             state.phase = Phase.CLOSING if state.round_step >= state.round_steps else Phase.FORWARD
         # Everybody was gone when the hub stopped: who comes now takes one more step and closes the round.
         self.overfull = state.phase is Phase.GATHERING and state.round_step >= state.round_steps
+        self.tell(ev.OthersChanged(state.elsewhere))
 
     def _note_taken(self, seat: int, step: int, answers: dict[int, object], hub_step: int, closes: bool) -> None:
         """What an edge is told of a step that is applied: only the last micro-batch's answer says what came of it."""
         for micro, answer in answers.items():
             last = micro == len(answers) - 1
-            self.grads[seat, micro] = (step, answer, hub_step if last else 0, closes and last)
+            self.grads[seat, step, micro] = (step, answer, hub_step if last else 0, closes and last)
 
     def kill(self, written: int, published: bool) -> None:
         """kill -9: `written` of the checkpoints under way reach the disk; `published`: so does that of a round."""
@@ -214,6 +217,8 @@ class ModelHub:
                 return self.welcome(number)
             self.gone(old.seat)
         applied = self.applied.get(name, 0)
+        if train:
+            self.left.discard(name)
         self.seats[number] = Seat(number, number, name, train, applied)
         self.tell(ev.EdgeJoined(number, name, train, applied))
         return self.welcome(number)
@@ -279,8 +284,10 @@ class ModelHub:
             case "gradient":
                 self.tell(ev.GradientReceived(seat.seat, request, ask.number, ask.content, ask.micro))
             case "await":
-                if ask.number < self.scheduler.state.round:
-                    # It missed a publication, and goes on from that: its steps since then are in no adapter of it.
+                state = self.scheduler.state
+                if ask.number < state.round or (seat.name == "rogue" and state.phase is Phase.CLOSING):
+                    # It missed a publication, and goes on from that: its steps since then are in no adapter of it. Or
+                    # it asks for the round without having uploaded, as no honest edge does.
                     self.trained -= {seat.seat} - self.uploaded
                 self.tell(ev.RoundAwaited(seat.seat, request, ask.number))
             case _:
@@ -288,6 +295,8 @@ class ModelHub:
 
     def _leave(self, seat: Seat, done: bool) -> None:
         seat.left = True
+        if not done and seat.train:
+            self.left.add(seat.name)
         if not done and seat.seat in self.scheduler.state.members and not self.scheduler.state.members[seat.seat].left:
             self.trained.discard(seat.seat)
         self.tell(ev.EdgeLeft(seat.seat, done))
@@ -371,7 +380,7 @@ class ModelHub:
                 continue
             answers[session] = digest("grad", engine.weights, gradient)
             engine.given.setdefault(session, {})[micro] = (hidden.rows, gradient)
-            self.grads[session, micro] = (hidden.rows.step, answers[session], 0, False)
+            self.grads[session, hidden.rows.step, micro] = (hidden.rows.step, answers[session], 0, False)
         self.tell(ev.BackwardDone(answers))
 
     def _step(self, action: act.ApplyStep) -> None:
@@ -387,10 +396,12 @@ class ModelHub:
             self.applied[rows.name] = rows.step + 1
             if seat is not None:
                 seat.applied = rows.step + 1
-                answers = {micro: self.grads[session, micro][1] for micro in engine.given[session]}
+                answers = {micro: self.grads[session, rows.step, micro][1] for micro in engine.given[session]}
                 self._note_taken(session, rows.step, answers, len(engine.log), closes)
                 if not seat.silent and not seat.left:
                     self.trained.add(session)
+                    # What it uploaded before lacks this step.
+                    self.uploaded.discard(session)
         engine.pending, engine.given, self.stepping = {}, {}, {}
         self._catch_up()
         self.tell(ev.StepApplied(action.sessions))
@@ -458,8 +469,10 @@ class ModelHub:
                 question = (ask.kind, ask.number, ask.micro)
                 assert question == ("gradient", action.step, action.micro), "an answer fits its question"
                 given = (action.step, action.answer, action.hub_step, action.round_closes)
-                assert given == self.grads[action.session, action.micro], "a gradient is answered as it was applied"
-                last = action.micro == ask.micros - 1
+                applied = self.grads[action.session, action.step, action.micro]
+                assert given == applied, "a gradient is answered as it was applied"
+                # A gradient does not say of how many it is one: a rogue may think of another number than before.
+                last = action.micro == ask.micros - 1 and seat.name != "rogue"
                 assert not last or action.step < seat.applied, "the last is answered when the step is applied"
                 value = Grad(action.answer, action.hub_step, action.round_closes, self.begun.get(seat.name, 0))
             case act.AnswerForward() | act.AnswerBackward():

@@ -19,11 +19,11 @@ from blocks.optimizer import Schedule
 from blocks.partition import Partition
 from blocks.remote import build_edge, remote_of
 from blocks.surgery import CutModel, load
-from blocks.weights import StateDictSource
 from edge.middle import Part
 from hub.engine import Engine, EngineSettings
 from hub.jobs import InferItem, Outcome, Place, StepItem
 from messaging.messages import MOST_MICRO_BATCHES, AnyMessage, StepGrad, StepHidden, Tensor
+from tests.support.weights import StateDictSource
 
 LAYERS = 6
 VOCAB = 120
@@ -101,10 +101,11 @@ def make_engine(
     schedule: Schedule | None = None,
     kv_bytes: int = KV_BYTES,
     dtype: torch.dtype = torch.float32,
+    devices: tuple[torch.device, ...] = (CPU,),
 ) -> Engine:
     """An engine over the whole model's middle layers."""
     spec = spec or adapters.make_spec(whole.config, 4, 8)
-    settings = EngineSettings(spec, schedule or make_schedule(), dtype, CPU, kv_bytes)
+    settings = EngineSettings(spec, schedule or make_schedule(), dtype, devices, lambda: kv_bytes)
     return Engine(whole.config, source_of(whole), settings)
 
 

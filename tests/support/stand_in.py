@@ -43,8 +43,9 @@ class StandIn:
         self._hub_dies = os.environ.get("HUB_DIES", "")
         self._refuses = os.environ.get("REFUSES", "")
 
-    def device(self, wanted: str, replicas: int) -> str:
-        return "cpu"
+    def devices(self, wanted: str, replicas: int) -> tuple[str, ...]:
+        """See Cluster."""
+        return ("cpu",)
 
     def share(self, replicas: int) -> int:
         return replicas

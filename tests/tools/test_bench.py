@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tools.bench import __main__ as command
 from tools.bench import groups
+from tools.bench.sessions import bound
 from tools.table import Row, Skipped, Table, at_least, at_most, reported
 
 
@@ -26,6 +27,16 @@ def test_a_row_is_met_at_its_target() -> None:
 def test_a_figure_is_judged_before_it_is_rounded() -> None:
     row = at_least("speed", 0.89999, 0.9)
     assert (row.figure, row.met) == (0.9, False)
+
+
+def test_what_several_edges_can_decode_follows_from_their_core_and_the_hubs() -> None:
+    hub_s = {1: 0.015, 2: 0.016, 4: 0.020, 8: 0.024}
+    # Half of them in each batch: the hub is the narrow place.
+    assert bound(4, 0.005, hub_s) == pytest.approx(2 / 0.016)
+    # The edges' core is.
+    assert bound(8, 0.010, hub_s) == pytest.approx(100)
+    # A batch costs nearly the same however many are in it: all at once, and the hub waits for them.
+    assert bound(4, 0.001, {2: 0.0200, 4: 0.0201}) == pytest.approx(4 / 0.0241)
 
 
 def test_a_row_that_is_neither_measured_nor_skipped_is_missing() -> None:

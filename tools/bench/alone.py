@@ -42,7 +42,9 @@ def make_engine(folder: Path) -> Engine:
     """An engine of the model in this folder, float32."""
     torch.set_num_threads(1)
     files = open_model(str(folder))
-    settings = EngineSettings(make_spec(files.config, 4, 8), Schedule(1e-4, 0, 1.0, 0.0), torch.float32, CPU, KV_BYTES)
+    settings = EngineSettings(
+        make_spec(files.config, 4, 8), Schedule(1e-4, 0, 1.0, 0.0), torch.float32, (CPU,), lambda: KV_BYTES
+    )
     return Engine(files.config, files.source, settings)
 
 
@@ -200,6 +202,15 @@ def decoding(model: str, counts: Sequence[int], hub_only: Sequence[int], repeats
                 if turn:
                     seconds[who].setdefault(count, []).append(value / steps)
     return {**seconds, "apart": apart}
+
+
+def begun(model: str, sessions: int, length: int) -> tuple[HubSide, dict[int, int]]:
+    """An engine with so many sessions of one length, and these by number; the first steps of each batch are done."""
+    folder = Path(model)
+    hub, prompts = HubSide(make_engine(folder), record(folder, length + 8)), dict.fromkeys(range(sessions), length)
+    hub.begin(prompts)
+    hub.decode(prompts, 2)
+    return hub, prompts
 
 
 def memory(model: str, sessions: int, positions: int) -> float:

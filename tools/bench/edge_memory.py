@@ -162,8 +162,8 @@ def train_peak(join: str, state: str, model: str, data: str, seq: int, bits: int
     run(
         JoinOptions(
             join=join, data=[Path(data)], held_out=[], model=model, partition="1:1", profile=None, noise=0.02, batch=1,
-            seq=seq, lr=None, steps=3, state=Path(state), name="memory", device="cpu", share_loss=False,
-            headless=True, seed=0, load_in=f"{bits}bit" if bits else None,
+            micro_batches="auto", seq=seq, lr=None, steps=3, state=Path(state), name="memory", device="cpu",
+            share_loss=False, headless=True, seed=0, load_in=f"{bits}bit" if bits else None,
         )
     )  # fmt: skip
     return {"peak": peak_bytes(), "modules": list(sys.modules)}

@@ -221,7 +221,7 @@ GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "loading": (loading, (LOADING,)),
     "curve": (curve, (CURVE,)),
     "planner": (planner, _PLANNER_ROWS),
-    "client_batch": (client_batch.client_batch, (*client_batch.SPEED.values(), *client_batch.SHARE.values())),
+    "client_batch": (client_batch.client_batch, client_batch.ROWS),
     "replicas": (replicas.replicas, (replicas.SPEED, replicas.SHARE)),
     "int8": (int8.measure, int8.ROWS),
     "drafting": (drafting.drafting, drafting.ROWS),

@@ -12,6 +12,10 @@ GAIN = {
     count: f"hub alone, {count} sessions of different lengths, gain / gain of the unsplit blocks from the same batch"
     for count in (4, 8, 16, 32)
 }
+SPEED = {
+    count: f"hub alone, {count} sessions of different lengths, tokens/s / those of the unsplit blocks"
+    for count in (1, *GAIN)
+}
 GROWTH = {
     count: f"hub CPU per token, {count} sessions of different lengths / one session" for count in (4, 8, 16, 32, 64)
 }
@@ -24,14 +28,15 @@ WAIT_MS = {
     "pieces": f"{_BESIDE}, in pieces, ms",
     "piece": "p95 of a forward with a piece of a prompt of 2,048, ms",
 }
-ROWS = (*GAIN.values(), *GROWTH.values(), KEPT, WAIT, *WAIT_MS.values())
+ROWS = (*SPEED.values(), *GAIN.values(), *GROWTH.values(), KEPT, WAIT, *WAIT_MS.values())
 
 
 def hub_alone(bench: object) -> Sequence[Row]:
     """One process, one thread, no sockets; all in CPU seconds.
 
     The gain from a batch of N is N times the seconds of one session's token by those of the batch. The unsplit blocks
-    have the faster of transformers' two caches, for the one session and for the batch.
+    have the faster of transformers' two caches, for the one session and for the batch. The gains' ratio says how
+    batching compares and falls when a single session becomes faster; the ratio of tokens/s says who is.
     """
     from tools.bench.groups import Bench
 
@@ -53,6 +58,7 @@ def hub_alone(bench: object) -> Sequence[Row]:
     waits = once(folder, "waiting", model=model, tokens=8 if bench.quick else 60, prompts=1 if bench.quick else 3)
     allowed = 2 * waits["alone"] + waits["piece"]
     return [
+        *(at_least(row, unsplit[count] / hub[count], 1.0) for count, row in SPEED.items()),
         *(at_least(row, _gain(hub, count) / _gain(unsplit, count), 0.9) for count, row in GAIN.items()),
         *_growth(hub),
         at_most(KEPT, ratio, 1.1),

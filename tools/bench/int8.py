@@ -135,7 +135,7 @@ def speed(join: str, state: str, model: str, repeats: int) -> dict[str, list[flo
     from tools.bench.tasks import _ids, _torch
 
     torch = _torch()
-    models = {}
+    models: dict[str, Any] = {}
     for wire in ("fp32", "int8"):
         given = None if models else join
         models[wire] = edge.connect(given, state=state, noise=0.0, partition="1:1", model=model, wire=wire)

@@ -174,6 +174,13 @@ def once(folder: Path, task: str, **arguments: Any) -> Any:
         return worker.ask(task, **arguments)
 
 
+def _processor() -> str:
+    """The processor as Linux names it; virtual machines often hide the name, but not family and model."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    found = {key.strip(): value.strip() for key, _, value in lines}
+    return f"{found.get('model name', '?')}, family {found.get('cpu family', '?')}, model {found.get('model', '?')}"
+
+
 def conditions() -> dict[str, object]:
     """What the figures were measured with."""
     import peft
@@ -186,6 +193,7 @@ def conditions() -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
+        "processor": _processor(),
         "cores": cpus,
         "threads": "one per process; hub on the first core, edges and the unsplit model on the second",
         "load_average_at_start": load,

@@ -1,74 +1,116 @@
 """The group `sessions`: several edges decode at once through one hub, end to end, and what bounds them.
 
-All edge processes share one core, the hub has the other. So no more tokens a second can come out than
+All edge processes share one core, the hub has the other. With
 
-    bound(N) = min(1 / edge_s, N / hub_s(N))
+    edge_s(N)  CPU seconds of an edge process for one of its tokens, while N of them share the core (and its caches)
+    hub_s(n)   CPU seconds of the hub's engine for one token of each of n sessions in one batch, without sockets
 
-edge_s: CPU seconds of an edge process for one of its tokens, alone; hub_s(N): CPU seconds of the hub's engine for one
-token of each of N sessions in one batch, without sockets. Both are measured in the same run as the tokens/s.
+no more tokens a second can come out than the edges' core gives, 1 / edge_s(N), nor than the hub's does. A session is
+never in two batches that follow each other at once: its edge has to work in between. So a hub that is always busy has
+half of the sessions in a batch on average; one that waits for all of them waits for the edges' core, too:
+
+    bound(N) = min(1 / edge_s(N), max(N/2 / hub_s(N/2), N / (hub_s(N) + N edge_s(N))))
+
+All is measured in turns in one run, hub_s on the hub's core while the other one is idle, for contexts as long as the
+edges' are on average; figures are medians of what the turns say. What the cores take from each other when both work
+(memory, caches) is thus no part of the bound.
+
+Edges stand for machines of their own, so where the system allows it their core takes them first come, first served
+(SCHED_FIFO): else one that is nearly done would share it with others that have just begun, and the hub would wait for
+it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tools.bench.processes import Worker, once, running_hub, running_workers
+from tools.bench.processes import Worker, cores, running_hub, running_workers
 from tools.table import Row, at_least, reported
+
+if TYPE_CHECKING:
+    from tools.bench.groups import Bench
 
 SESSIONS = {count: f"{count} sessions at once, tokens/s of one session" for count in (2, 4, 8)}
 BOUND = {count: f"{count} edges decoding at once, tokens/s / the bound from edge and hub alone" for count in (4, 8)}
 BOUNDS = {count: f"the bound from edge and hub alone, {count} edges, tokens/s" for count in BOUND}
 ROWS = (*SESSIONS.values(), *BOUND.values(), *BOUNDS.values())
-_TOKENS = 64
+_PROMPT, _TOKENS = 32, 64
+_HUB_STEPS = 8
 
 
-def sessions(bench: object) -> Sequence[Row]:
+@dataclass(frozen=True)
+class Turn:
+    """Tokens a second and an edge's seconds for a token, by the number of edges; the hub's seconds by sessions."""
+
+    speed: Mapping[int, float]
+    edge_s: Mapping[int, float]
+    hub_s: Mapping[int, float]
+
+    def bound(self, count: int) -> float:
+        """Tokens a second of so many edges, at most."""
+        return bound(count, self.edge_s[count], self.hub_s)
+
+
+def sessions(bench: Bench) -> Sequence[Row]:
     """One hub, several edge processes that decode at once on one core."""
-    from tools.bench.groups import Bench, connect
+    from tools.bench.groups import connect
 
-    assert isinstance(bench, Bench)
     folder, model = bench.folder / "sessions", bench.models.standard
-    speeds: dict[int, list[float]] = {count: [] for count in (1, *SESSIONS)}
-    with running_hub(folder, model) as hub, running_workers(folder, max(SESSIONS)) as workers:
-        for number, worker in enumerate(workers):
-            connect(worker, hub, folder / f"edge-{number}", model)
-        edge_s = statistics.median(workers[0].ask("decode_cpu", tokens=_TOKENS) for _ in range(bench.repeats(5) + 1))
-        for turn in range(bench.repeats(5) + 1):
-            for count in speeds:
-                speed = _tokens_per_s(workers[:count])
-                if turn:
-                    speeds[count].append(speed)
-    medians = {count: statistics.median(values) for count, values in speeds.items()}
-    for count, value in medians.items():
-        bench.say(f"{count} sessions: {value:.1f} tokens/s")
-    bounds = _bounds(folder, model, edge_s, bench.repeats(5), bench.say)
-    figures = {count: medians[count] / medians[1] for count in SESSIONS}
+    with running_hub(folder, model) as hub, running_workers(folder, max(SESSIONS)) as edges:
+        for number, edge in enumerate(edges):
+            connect(edge, hub, folder / f"edge-{number}", model)
+        in_order = [edge.ask("first_come_first_served") for edge in edges]
+        how = "first come, first served" if all(in_order) else "in slices of time: the system allows nothing else"
+        bench.say(f"the edges have their core {how}")
+        engine = Worker(folder / "engine.log", cores()[0])
+        try:
+            # As long as those of the edges are on average.
+            length = _PROMPT + (_TOKENS - _HUB_STEPS) // 2
+            engine.ask("load_hub_side", model=str(model), sessions=max(SESSIONS), length=length)
+            turns = [_turn(edges, engine) for _ in range(bench.repeats(5) + 1)][1:]
+        finally:
+            engine.stop()
+    return _rows(turns, bench.say)
+
+
+def _turn(edges: Sequence[Worker], engine: Worker) -> Turn:
+    decoded = {count: _decode(edges[:count]) for count in (1, *SESSIONS)}
+    hub_s = {count: float(engine.ask("hub_decode", count=count, steps=_HUB_STEPS)) for count in decoded}
+    return Turn({n: speed for n, (speed, _) in decoded.items()}, {n: cpu for n, (_, cpu) in decoded.items()}, hub_s)
+
+
+def _rows(turns: Sequence[Turn], say: Callable[[str], None]) -> list[Row]:
+    for count in turns[0].speed:
+        names = ("speed", "edge_s", "hub_s")
+        speed, edge_s, hub_s = (statistics.median(getattr(turn, name)[count] for turn in turns) for name in names)
+        say(
+            f"{count} sessions: {speed:.1f} tokens/s; of the edges' core {edge_s * 1000:.1f} ms a token; "
+            f"a batch at the hub {hub_s * 1000:.1f} ms"
+        )
+    figures = {n: statistics.median(turn.speed[n] / turn.speed[1] for turn in turns) for n in SESSIONS}
+    shares = {n: statistics.median(turn.speed[n] / turn.bound(n) for turn in turns) for n in BOUND}
     return [
         *(at_least(SESSIONS[n], f, 2.0) if n == 4 else reported(SESSIONS[n], f) for n, f in figures.items()),
-        *(at_least(row, medians[count] / bounds[count], 0.9) for count, row in BOUND.items()),
-        *(reported(row, bounds[count]) for count, row in BOUNDS.items()),
+        *(at_least(BOUND[n], share, 0.9) for n, share in shares.items()),
+        *(reported(row, statistics.median(turn.bound(n) for turn in turns)) for n, row in BOUNDS.items()),
     ]
 
 
-def _bounds(folder: Path, model: Path, edge_s: float, repeats: int, say: object) -> Mapping[int, float]:
-    assert callable(say)
-    counts = [1, *BOUND]
-    hub_s = once(folder, "decoding", model=str(model), counts=[], hub_only=counts, repeats=repeats, steps=8)["hub"]
-    batch = {count: statistics.median(hub_s[str(count)]) for count in counts}
-    say(
-        f"a token: edge {edge_s * 1000:.1f} ms, hub "
-        + ", ".join(f"{s * 1000:.1f} ms for {n}" for n, s in batch.items())
-    )
-    return {count: min(1 / edge_s, count / batch[count]) for count in BOUND}
+def bound(count: int, edge_s: float, hub_s: Mapping[int, float]) -> float:
+    """Tokens a second; see the head of this file."""
+    always_busy = count / 2 / hub_s[count // 2]
+    all_at_once = count / (hub_s[count] + count * edge_s)
+    return min(1 / edge_s, max(always_busy, all_at_once))
 
 
-def _tokens_per_s(workers: Sequence[Worker]) -> float:
+def _decode(edges: Sequence[Worker]) -> tuple[float, float]:
+    """All decode at once: tokens a second, and CPU seconds of the edges for each."""
     started = time.perf_counter()
-    for worker in workers:
-        worker.send("decode", who="split", tokens=_TOKENS)
-    for worker in workers:
-        worker.receive()
-    return _TOKENS * len(workers) / (time.perf_counter() - started)
+    for edge in edges:
+        edge.send("decode_cpu", tokens=_TOKENS, prompt=_PROMPT)
+    cpu = sum(edge.receive() for edge in edges)
+    return _TOKENS * len(edges) / (time.perf_counter() - started), cpu / len(edges)

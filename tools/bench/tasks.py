@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,12 +50,25 @@ def decode(who: str, tokens: int, prompt: int = 32) -> float:
     return seconds
 
 
-def decode_cpu(tokens: int) -> float:
+def decode_cpu(tokens: int, prompt: int) -> float:
     """CPU seconds of this process, all its threads, for one token of the split model."""
-    decode("split", tokens)
     started = time.process_time()
-    decode("split", tokens)
+    decode("split", tokens, prompt)
     return (time.process_time() - started) / tokens
+
+
+def first_come_first_served() -> bool:
+    """Have this process's main thread keep the core until it waits, if the system allows it.
+
+    The threads that carry its messages come first: what an edge has computed leaves it before another one computes.
+    """
+    try:
+        for thread in map(int, os.listdir("/proc/self/task")):
+            priority = 1 if thread == os.getpid() else 2
+            os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(priority))
+    except OSError:
+        return False
+    return True
 
 
 def at_context(length: int, tokens: int, naive: bool) -> float:
@@ -79,8 +93,23 @@ def decoding(**arguments: Any) -> dict[str, Any]:
     return alone.decoding(**arguments)
 
 
+def load_hub_side(**arguments: Any) -> None:
+    """Make an engine with sessions that have begun; see alone.py."""
+    _as_a_hub()
+    from tools.bench import alone
+
+    _held["hub_side"] = alone.begun(**arguments)
+
+
+def hub_decode(count: int, steps: int) -> float:
+    """CPU seconds of that engine for one token of each of so many sessions."""
+    hub, prompts = _held["hub_side"]
+    return float(hub.decode(dict(list(prompts.items())[:count]), steps) / steps)
+
+
 def kv_memory(**arguments: Any) -> float:
     """What a session costs the hub; see alone.py."""
+    _as_a_hub()
     from tools.bench import alone
 
     return alone.memory(**arguments)
@@ -88,6 +117,7 @@ def kv_memory(**arguments: Any) -> float:
 
 def waiting(**arguments: Any) -> dict[str, float]:
     """How long a token takes beside prompts; see waiting.py."""
+    _as_a_hub()
     from tools.bench import waiting
 
     return waiting.waiting(**arguments)
@@ -163,11 +193,11 @@ def curves(**arguments: Any) -> dict[str, list[float]]:
     return training.curves(**arguments)
 
 
-def record(**arguments: Any) -> dict[str, float]:
+def record(**arguments: Any) -> None:
     """Record a training edge; see replay.py."""
     from tools.bench import replay
 
-    return replay.record(**arguments)
+    replay.record(**arguments)
 
 
 def gather(**arguments: Any) -> None:
@@ -177,14 +207,14 @@ def gather(**arguments: Any) -> None:
     _held["crowd"] = replay.gather(**arguments)
 
 
-def in_turn(steps: int) -> list[float]:
-    """Seconds of each replayed edge, one after the other."""
-    return _held["crowd"].in_turn(steps)  # type: ignore[no-any-return]
+def in_turn(**arguments: Any) -> list[float]:
+    """Seconds of each of some replayed edges, one after the other."""
+    return _held["crowd"].in_turn(**arguments)
 
 
-def joined(count: int, steps: int) -> float:
+def joined(**arguments: Any) -> float:
     """Seconds of so many replayed edges at once."""
-    return float(_held["crowd"].joined(count, steps))
+    return float(_held["crowd"].joined(**arguments))
 
 
 def disperse() -> None:
@@ -194,13 +224,15 @@ def disperse() -> None:
 
 def load_hub_part(**arguments: Any) -> None:
     """Make an engine; see hub_part.py."""
+    _as_a_hub()
     from tools.bench import hub_part
 
     _held["hub_part"] = hub_part.load(**arguments)
 
 
 def hub_part_step(count: int) -> float:
-    """Seconds of a joined step of the engine alone."""
+    """Seconds of a joined step of the engine alone, the second of this size."""
+    _held["hub_part"].step(count)
     return float(_held["hub_part"].step(count))
 
 
@@ -263,6 +295,7 @@ def pipelined_steps(**arguments: Any) -> dict[str, list[float]]:
 
 def gradients_by_edge(**arguments: Any) -> dict[str, list[float]]:
     """Seconds of the hub's work; see pipeline.py."""
+    _as_a_hub()
     from tools.bench import pipeline
 
     return pipeline.by_edge(**arguments)
@@ -270,6 +303,7 @@ def gradients_by_edge(**arguments: Any) -> dict[str, list[float]]:
 
 def layers_again(**arguments: Any) -> dict[str, Any]:
     """Bytes and seconds of the hub's work; see pipeline.py."""
+    _as_a_hub()
     from tools.bench import pipeline
 
     return pipeline.layers_again(**arguments)
@@ -280,6 +314,13 @@ def close_all() -> None:
     split = _held.pop("split", None)
     if split is not None:
         split.hub.close()
+
+
+def _as_a_hub() -> None:
+    """Have this process's memory as `hub serve` has it; before torch is imported."""
+    from hub.pages import ask_for_huge_pages
+
+    ask_for_huge_pages()
 
 
 def _torch() -> Any:
@@ -300,7 +341,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         connect, load_unsplit, decode, prefill, compare, padded, peak, modules, import_all, train, curves, wire_dtypes,
         record, gather, in_turn, joined, disperse, load_hub_part, hub_part_step,
         teach_summaries, summarise, draft_random, train_peak, train_unsplit_peak, quantized_quality,
-        decode_cpu, at_context, decoding, kv_memory, waiting,
+        decode_cpu, first_come_first_served, at_context, decoding, load_hub_side, hub_decode, kv_memory, waiting,
         pipelined_steps, gradients_by_edge, layers_again,
     )
 }  # fmt: skip

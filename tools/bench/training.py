@@ -118,9 +118,10 @@ def _patched_source(clock: _StepClock) -> Iterator[None]:
         edge.join.BatchSource = BatchSource  # type: ignore[misc]
 
 
-def train(join: str, state: str, model: str, data: str, steps: int) -> None:
-    """So many steps of 4 x 128 by `edge join`, live view on."""
-    run_edge(_options(join, state, model, data, None, batch=4, seq=128, noise=0.02, steps=steps))
+def train(join: str, state: str, model: str, data: str, steps: int, micros: int = 1) -> None:
+    """So many steps of 4 x 128 by `edge join`, each in `micros` micro-batches, live view on."""
+    shape: dict[str, Any] = {"batch": 4, "seq": 128, "noise": 0.02, "micro_batches": str(micros)}
+    run_edge(_options(join, state, model, data, None, steps=steps, **shape))
 
 
 def run_edge(options: JoinOptions) -> None:

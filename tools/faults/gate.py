@@ -94,9 +94,9 @@ def break_on_demand() -> None:
     def held_back(gate: Gate) -> bool:
         return not (folder / _HOLD).exists() and replaced(gate)
 
-    AccessList.name_of = raising  # type: ignore[method-assign]
-    Gatekeeper._answer_one = dying  # type: ignore[method-assign]
-    Gate._replace = held_back  # type: ignore[method-assign]
+    AccessList.name_of = raising  # type: ignore[method-assign, assignment]
+    Gatekeeper._answer_one = dying  # type: ignore[method-assign, assignment]
+    Gate._replace = held_back  # type: ignore[method-assign, assignment]
 
 
 def _hub(programs: Programs, told: Path) -> tuple[Hub, HubAddress, KeyPair]:

@@ -44,7 +44,7 @@ def narrow() -> None:
 
     hub.streams._IDLE_S = 0.0
     # Five layers, keys and values of 64 numbers each, float32: 64 positions, in steps of 16.
-    hub.serve.kv_bytes = lambda device: 2 * 64 * 5 * 64 * 4
+    hub.serve.kv_bytes = lambda devices, share=1: 2 * 64 * 5 * 64 * 4
 
 
 def forgotten(setting: Setting) -> Sequence[Row]:
@@ -73,7 +73,8 @@ def forgotten(setting: Setting) -> Sequence[Row]:
 
         each = setting.count(10, 1)
         ways = (signal.SIGTERM, signal.SIGKILL)
-        deeds = {4 + 4 * number: restart(ways[number % 2]) for number in range(each + 1)}
+        at = range(4, 4 + 4 * (each + 1), 4)
+        deeds: dict[int, Callable[[], object]] = {k: restart(ways[n % 2]) for n, k in enumerate(at)}
         restarted = _tokens(one, _At(deeds))
     return (
         at_most(ROWS[0], _differing(expected, evicted), 0),

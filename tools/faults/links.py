@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from rich.text import Text
+
 from messaging.joining import JoinString, read_join
 from tools.faults.asker import Answer, Asker, Plan
 from tools.faults.cutting import CuttingRelay
@@ -37,6 +39,8 @@ def _shorten() -> None:
     liveness.interval_s = lambda edges: liveness._SHORTEST_S
     sockets._HEARTBEAT_MS = int(sockets._HEARTBEAT_MS * _SCALE)
     sockets._DEAD_LINK_MS = int(sockets._DEAD_LINK_MS * _SCALE)
+    sockets._KEEPALIVE_S = int(sockets._KEEPALIVE_S * _SCALE)
+    sockets._KEEPALIVE_AGAIN_S = int(sockets._KEEPALIVE_AGAIN_S * _SCALE)
     hub.figures._OVERDUE_S *= _SCALE
     hub.server._TICK_S *= _SCALE
 
@@ -56,6 +60,7 @@ def _serve(programs: Programs, network: Network, prepare: Callable[[], None]) ->
 _IDLE = tuple(
     f"3 half-open idle link: {what}" for what in ("edge knows (s)", "hub knows (s)", "reply after healing (s)")
 )
+_LEFT = "3 half-open links: connections that the hub still holds at the end of the outage"
 _BUSY = tuple(
     f"4 half-open link, unsent data: {what}" for what in ("edge knows (s)", "hub knows (s)", "reply after healing (s)")
 )
@@ -64,7 +69,7 @@ _BUSY = tuple(
 def _half_open(setting: Setting) -> Sequence[Row | Skipped]:
     """One outage for two edges at once: one that only pings, and one with data under way."""
     if (why := missing()) is not None:
-        return [Skipped(row, why) for row in (*_IDLE, *_BUSY)]
+        return [Skipped(row, why) for row in (*_IDLE, *_BUSY, _LEFT)]
     outages = (26.0 * _SCALE,) if setting.quick else (23.0, 26.3, 31.1)
     prepare = _enter_quick if setting.quick else enter
     plans = (Plan("idle"), Plan("busy", every_s=0.05, nbytes=200_000))
@@ -80,16 +85,19 @@ def _half_open(setting: Setting) -> Sequence[Row | Skipped]:
         found = [_outage(network, hub, idle, busy, seconds) for seconds in outages]
     scale, slack = (_SCALE, 1.0) if setting.quick else (1.0, 0.0)
     unit = " s (intervals scaled by 0.2)" if setting.quick else " s"
-    rows = []
+    rows = [at_most(_LEFT, max(left for _, left in found), 0)]
     for edge, (names, limit) in enumerate(((_IDLE, 21.0), (_BUSY, 17.0))):
-        worst = [max(figures) for figures in zip(*(each[edge] for each in found), strict=True)]
+        worst = [max(figures) for figures in zip(*(each[edge] for each, _ in found), strict=True)]
         for name, figure, most in zip(names, worst, (limit * scale, limit * scale, 1.0), strict=True):
             rows.append(at_most(name, figure, most + slack, unit))
     return rows
 
 
-def _outage(network: Network, hub: Hub, idle: Asker, busy: Asker, seconds: float) -> list[list[float]]:
-    """Cut, wait, heal: for each edge when it knew, when the hub knew of it, and how soon it was answered again."""
+def _outage(network: Network, hub: Hub, idle: Asker, busy: Asker, seconds: float) -> tuple[list[list[float]], int]:
+    """Cut, wait, heal: for each edge when it knew, when the hub knew of it, and how soon it was answered again.
+
+    And how many connections the hub had just before the healing.
+    """
     # Not right after a ping: somewhere between two.
     time.sleep(1.0)
     network.cut("edge")
@@ -97,6 +105,7 @@ def _outage(network: Network, hub: Hub, idle: Asker, busy: Asker, seconds: float
     before = hub.process.out
     known = {name: _hub_says(hub, f"{name} silent for", before, cut, seconds) for name in ("busy", "idle")}
     time.sleep(max(0.0, cut + seconds - time.monotonic()))
+    left = network.connections("hub")
     healed = time.monotonic()
     network.heal("edge")
     busy.answer_after(healed)
@@ -104,10 +113,11 @@ def _outage(network: Network, hub: Hub, idle: Asker, busy: Asker, seconds: float
     answered = min(answer.answered for answer in busy.answers if answer.answered > healed)
     for name in ("idle", "busy"):
         _hub_says(hub, f"{name} is back after", before, healed, 20.0)
-    return [
+    times = [
         [_knew(idle, cut) - cut, known["idle"], back - healed],
         [_knew(busy, cut) - cut, known["busy"], answered - healed],
     ]
+    return times, left
 
 
 def _knew(asker: Asker, cut: float) -> float:
@@ -215,7 +225,9 @@ def _screen(dump: Path) -> str:
     from edge.monitor.snapshot import from_fields
     from messaging.console.dump import read_snapshot
 
-    return VIEW.render(from_fields(read_snapshot(dump)), 80, 24).plain
+    screen = VIEW.render(from_fields(read_snapshot(dump)), 80, 24)
+    assert isinstance(screen, Text)
+    return screen.plain
 
 
 # -- 6: 16 MB over a thin line ---------------------------------------------------------------------------
@@ -310,7 +322,7 @@ def _trained(
 
 
 FAULTS = (
-    Fault("3+4", "half-open links, idle and with unsent data", (*_IDLE, *_BUSY), _half_open),
+    Fault("3+4", "half-open links, idle and with unsent data", (*_IDLE, *_BUSY, _LEFT), _half_open),
     Fault("5", "a hub that stands still, and one whose computation does", (_STOPPED, _RESUMED, _STUCK), _stands_still),
     Fault("6", "16 MB at 10 Mbit/s", (_ARRIVES, _LOST, _OTHERS, _SAME_LINE), _thin_line),
     Fault("resets", "a link that is reset again and again", (_SAME, _RESETS), _resets),

@@ -86,6 +86,11 @@ class Network:
         """As before."""
         _ip("-n", self._middle, "link", "set", host, "master", "bridge0")
 
+    def connections(self, host: str) -> int:
+        """TCP connections that a host's kernel holds as established."""
+        listed = ["ip", "netns", "exec", self.space(host), "ss", "-Htn", "state", "established"]
+        return len(subprocess.run(listed, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines())
+
     def shape(self, host: str, megabits: float) -> None:
         """Let no more than so many Mbit/s pass to the host and from it."""
         for space, device in ((self.space(host), "eth0"), (self._middle, host)):

@@ -61,7 +61,7 @@ def generate_on_and_on() -> None:
                     file.write(json.dumps([hub.adapter_version, text, out[0].tolist()]) + "\n")
                 number += 1
 
-    edge.generate.generate = generate  # type: ignore[assignment]
+    edge.generate.generate = generate
 
 
 # -- chaos -------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from messaging.framing import decode, encode
 from messaging.joining import HubAddress, read_join
 from messaging.keys import KeyPair, new_keys
 from messaging.messages import UNORDERED_BASE
-from messaging.sockets import set_edge_options
+from messaging.sockets import set_common_options
 from messaging.transport import Buffer, Channel
 from tools.programs import Hub
 
@@ -72,7 +72,7 @@ class Member:
     ) -> None:
         self._touched = touched
         self.sock = context.socket(zmq.DEALER)
-        set_edge_options(self.sock, channel)
+        set_common_options(self.sock, channel)
         if stuck:
             # It stops reading at the kernel too. Without heartbeats: libzmq's assertion on them would end this process.
             self.sock.setsockopt(zmq.RCVHWM, 1)

@@ -103,7 +103,7 @@ def _wrap_layers(record: Recorder) -> None:
             record.wrap(layer, "forward", "hub: Blocks B")
         return cut
 
-    blocks.middle.keep_layers = keep_layers
+    blocks.middle.keep_layers = keep_layers  # type: ignore[assignment]
 
 
 def _wrap_edge_model(record: Recorder, connection: Any) -> None:
@@ -128,4 +128,4 @@ def _wrap_edge_model(record: Recorder, connection: Any) -> None:
     import edge.library
 
     for module in (connection, edge.join, edge.library):
-        module.attach = attached
+        vars(module)["attach"] = attached
