@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from blocks import quantised
+from blocks.device import host_empty, to_device, to_host
 from blocks.raw import raw_bytes
 from messaging.errors import InputError, NotFinite, ProtocolError
 from messaging.messages import DTYPES, MAX_FRAME_BYTES, Tensor
 
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8, "i32": torch.int32}
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
+_CPU = torch.device("cpu")
 assert {*_TORCH, "q8"} == set(DTYPES)
 #: what users call the dtypes that states and gradients may have on the wire
 WIRES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8"}
@@ -65,8 +67,8 @@ def _converted(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """On the CPU, contiguous, in the torch dtype of the wire's one; uint8 for q8."""
     tensor = tensor.detach()
     if dtype == "q8":
-        return quantised.pack(tensor).to("cpu")
-    out = tensor.to("cpu", _TORCH[dtype]).contiguous()
+        return to_host(quantised.pack(tensor))
+    out = to_host(tensor.to(_TORCH[dtype])).contiguous()
     if dtype == "f16" and tensor.dtype != torch.float16 and not _finite(out) and _finite(tensor):
         largest = float(tensor.abs().max())
         raise InputError(f"fp16 on the wire cannot hold values as large as {largest:.3g}: use --wire bf16 or int8")
@@ -81,8 +83,10 @@ def _chunks(flat: torch.Tensor) -> tuple[memoryview, ...]:
 # -- from the wire ---------------------------------------------------------------------------------------
 
 
-def from_wire(tensor: Tensor, *, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
-    """The tensor on the CPU, with memory of its own. A floating `dtype` is converted to, whichever the wire had.
+def from_wire(
+    tensor: Tensor, *, dtype: torch.dtype, shape: tuple[int | None, ...], device: torch.device = _CPU
+) -> torch.Tensor:
+    """The tensor on `device`, with memory of its own. A floating `dtype` is converted to, whichever the wire had.
 
     Raises ProtocolError unless dtype and shape are as expected (None: any size), NotFinite for NaN or Inf.
     """
@@ -97,13 +101,13 @@ def from_wire(tensor: Tensor, *, dtype: torch.dtype, shape: tuple[int | None, ..
     if sum(len(chunk) for chunk in tensor.chunks) != tensor.nbytes:
         raise ProtocolError("a tensor's bytes do not match its shape")
     if tensor.dtype == "q8":
-        return _unpacked(tensor, dtype)
-    out = torch.empty(math.prod(tensor.shape), dtype=_TORCH[tensor.dtype])
+        return to_device(_unpacked(tensor, dtype), device)
+    out = host_empty(math.prod(tensor.shape), _TORCH[tensor.dtype], device)
     _fill(out, tensor)
     out = out.to(dtype)
     if dtype.is_floating_point and not _finite(out):
         raise NotFinite("a tensor from the wire holds NaN or infinite values")
-    return out.view(tensor.shape)
+    return to_device(out, device).view(tensor.shape)
 
 
 def _unpacked(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:

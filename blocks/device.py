@@ -1,4 +1,4 @@
-"""The devices that tensors are computed on: by name, and which layers stand on which."""
+"""The devices that tensors are computed on: by name, which layers stand where, how values get there and back."""
 
 from __future__ import annotations
 
@@ -73,3 +73,28 @@ def spread(sizes: Sequence[int], devices: Sequence[torch.device], free: Mapping[
 def free_on(devices: Sequence[torch.device]) -> dict[torch.device, int]:
     """Bytes that are free now, of GPUs alone: a CPU's memory is shared with all that runs there, and may swap."""
     return {device: torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda"}
+
+
+def host_empty(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A flat tensor on the CPU, for values that go to `device`; page-locked, from torch's pool, if that is a GPU."""
+    return torch.empty(count, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor's values on `device`.
+
+    To a GPU they go through page-locked memory, while the GPU and this thread compute on. Torch's pool of such memory
+    lends a block again only when the copy out of it is done, so the tensor may be dropped at once. It must not be
+    written to until then.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    # What is expanded cannot be copied into its own strides.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values on the CPU, there when this returns; a GPU writes them into page-locked memory."""
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

@@ -153,4 +153,4 @@ class HubMiddle:
 
 def received(tensor: m.Tensor, like: torch.Tensor) -> torch.Tensor:
     """What came over the wire as a tensor of `like`'s shape, dtype and device. ProtocolError if it is not that."""
-    return from_wire(tensor, dtype=like.dtype, shape=tuple(like.shape)).to(like.device)
+    return from_wire(tensor, dtype=like.dtype, shape=tuple(like.shape), device=like.device)

@@ -18,7 +18,7 @@ from blocks import adapters
 from blocks.adapters import Adapter, LoraSpec
 from blocks.codec import from_wire
 from blocks.decoding import speed_up_decoding
-from blocks.device import free_on, spread
+from blocks.device import free_on, spread, to_device
 from blocks.layout import Layout
 from blocks.middle import MiddleBlocks
 from blocks.optimizer import AdapterOptimizer, Schedule
@@ -197,15 +197,17 @@ class Engine:
     def _run(self, blocks: MiddleBlocks, batch: Joined, edges: Sequence[int] | None) -> torch.Tensor:
         self.forwards += 1
         device = self.settings.devices[0]
-        mask = None if batch.mask is None else batch.mask.to(device)
+        mask = None if batch.mask is None else to_device(batch.mask, device)
+        positions = to_device(batch.positions, device)
         around = self._step.layer_runner(edges) if edges else None
-        return blocks.run(batch.states, batch.enters, batch.leaves, mask, batch.positions.to(device), around=around)
+        return blocks.run(batch.states, batch.enters, batch.leaves, mask, positions, around=around)
 
     def _states(self, tensor: object, layout: Layout, cached: bool) -> torch.Tensor:
         if layout.past and not cached:
             raise ProtocolError("only a stream of generation builds on cached positions")
         shape = (layout.rows, layout.width, self.hidden_size)
-        return from_wire(tensor, dtype=self.settings.dtype, shape=shape).to(self.settings.devices[0])  # type: ignore[arg-type]
+        device = self.settings.devices[0]
+        return from_wire(tensor, dtype=self.settings.dtype, shape=shape, device=device)  # type: ignore[arg-type]
 
     # -- generation ----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from blocks.device import to_device
 from blocks.middle import MiddleBlocks
 from hub import ragged
 from hub.jobs import InferItem, Place
@@ -117,8 +118,9 @@ class Streams:
             states = states_of()
             cache = self._prepare(item, begun)
             mask = item.layout.mask()
-            mask = None if mask is None else mask.to(states.device)
-            work = self._works[key] = Work(item, cache, states, mask, item.layout.positions().to(states.device))
+            mask = None if mask is None else to_device(mask, states.device)
+            positions = to_device(item.layout.positions(), states.device)
+            work = self._works[key] = Work(item, cache, states, mask, positions)
             self._take_over(work)
         self._used_at.pop(key, None)
         self._used_at[key] = time.monotonic()

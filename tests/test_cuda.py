@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from blocks import adapters
 from blocks.adapters import Adapter
 from blocks.codec import from_wire, to_wire
+from blocks.device import host_empty, to_device, to_host
 from blocks.layout import REAL, Layout
 from blocks.partition import Partition
 from hub.engine import Engine
@@ -56,6 +57,37 @@ def engine_on(devices: Devices, name: str) -> Engine:
 def close(given: Adapter, wanted: Adapter) -> bool:
     assert given.keys() == wanted.keys()
     return all(float((given[name] - wanted[name]).abs().max()) < CLOSE for name in wanted)
+
+
+# -- there and back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire", ["f32", "bf16", "q8"])
+def test_states_cross_as_they_do_on_the_cpu(wire: str) -> None:
+    states = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
+    sent = to_wire(states, wire)
+    here = from_wire(sent, dtype=torch.float32, shape=(2, 6, 64))
+    there = from_wire(sent, dtype=torch.float32, shape=(2, 6, 64), device=GPU)
+    assert there.device.type == "cuda"
+    assert torch.equal(there.cpu(), here)
+    back = from_wire(to_wire(there, wire), dtype=torch.float32, shape=(2, 6, 64))
+    assert torch.equal(back, from_wire(to_wire(here, wire), dtype=torch.float32, shape=(2, 6, 64)))
+
+
+def test_values_cross_through_page_locked_memory() -> None:
+    assert host_empty(4, torch.float32, GPU).is_pinned()
+    assert to_host(torch.ones(4, device=GPU)).is_pinned()
+    assert torch.equal(to_device(torch.arange(5).expand(3, -1), GPU).cpu(), torch.arange(5).expand(3, -1))
+
+
+def test_memory_is_not_lent_again_before_its_copy_is_done() -> None:
+    busy = torch.randn(4096, 4096, device=GPU)
+    sent = []
+    for number in range(64):
+        busy = busy @ busy / 64
+        sent.append(to_device(torch.full((1 << 18,), float(number)), GPU))
+    for number, values in enumerate(sent):
+        assert bool((values == number).all()), number
 
 
 # -- training ----------------------------------------------------------------------------------------------
