@@ -23,6 +23,7 @@ from messaging.framing import decode, encode
 from messaging.joining import read_join
 from messaging.keys import load_keys, new_keys
 from messaging.transport import Channel, Connected, ConnectFailed, FailReason
+from tests.support.pacing import paced
 from tests.support.pausing import pause_between_steps
 from tests.support.sites import write_notes
 from tools.programs import Hub, Process, Programs, free_ports
@@ -99,7 +100,7 @@ def test_edges_go_on_by_themselves_when_the_hub_is_back(programs: Programs, note
     options = ("--cohort", 2, "--round-steps", 5, "--grace", 30, *where)
     hub = programs.serve(*options)
     edges = [
-        programs.edge(hub, name, notes, "--partition", partition, "--steps", 30)
+        programs.edge(hub, name, notes, "--partition", partition, "--steps", 30, prepare=paced)
         for name, partition in (("one", "1:1"), ("two", "2:1"))
     ]
     hub.until(lambda live: live["hub_step"] >= 7, "seven steps")
@@ -146,7 +147,7 @@ def test_a_hub_that_is_killed_does_not_wait_for_who_left_after_its_checkpoint(pr
     options = ("--cohort", 2, "--round-steps", 500, "--grace", "inf", "--checkpoint-every", 3600, *free_ports())
     hub = programs.serve(*options)
     leaving = programs.edge(hub, "leaving", notes, "--partition", "1:1")
-    staying = programs.edge(hub, "staying", notes, "--partition", "1:1", "--steps", 25)
+    staying = programs.edge(hub, "staying", notes, "--partition", "1:1", "--steps", 30, prepare=paced)
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
     # The checkpoint of an orderly stop knows both.
     assert hub.process.end(signal.SIGTERM, STOP_S).code == 0, str(hub.process)
@@ -174,20 +175,20 @@ def test_edge_with_fewer_steps_finishes_while_another_goes_on(programs: Programs
 def test_killed_edge_holds_the_others_up_for_its_grace_only(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--cohort", 2, "--round-steps", 200, "--grace", 2)
     dying = programs.edge(hub, "dying", notes, "--partition", "1:1")
-    other = programs.edge(hub, "other", notes, "--partition", "1:1", "--steps", 60)
+    other = programs.edge(hub, "other", notes, "--partition", "1:1", "--steps", 40, prepare=paced)
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
     dying.kill()
     finish(other)
     assert "dying is silent: going on without it" in hub.process.out
     assert "other is silent" not in hub.process.out
-    assert report(programs, "other")["steps"] == 60
+    assert report(programs, "other")["steps"] == 40
 
 
 @pytest.mark.slow
 def test_edge_that_was_silent_for_longer_than_its_grace_takes_part_again(programs: Programs, notes: Path) -> None:
-    hub = programs.serve("--cohort", 2, "--rounds", 2, "--round-steps", 60, "--grace", 2)
-    pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1", "--steps", 70)
-    other = programs.edge(hub, "other", notes, "--partition", "1:1")
+    hub = programs.serve("--cohort", 2, "--rounds", 2, "--round-steps", 40, "--grace", 2)
+    pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1", "--steps", 50)
+    other = programs.edge(hub, "other", notes, "--partition", "1:1", prepare=paced)
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
     pausing.signal(signal.SIGSTOP)
     hub.process.until_says("pausing is silent: going on without it")
@@ -198,15 +199,15 @@ def test_edge_that_was_silent_for_longer_than_its_grace_takes_part_again(program
     finish(pausing, other)
     assert pausing.out.count("is repeated") <= 2, str(pausing)
     assert "other is silent" not in hub.process.out
-    assert report(programs, "other")["steps"] == 120
+    assert report(programs, "other")["steps"] == 80
 
 
 @pytest.mark.slow
 def test_with_a_quorum_nobody_waits_for_an_edge_that_stands_still(programs: Programs, notes: Path) -> None:
-    options = ("--cohort", 2, "--rounds", 2, "--round-steps", 30, "--quorum", 1, "--deadline", 0.2, "--recompute")
+    options = ("--cohort", 2, "--rounds", 2, "--round-steps", 20, "--quorum", 1, "--deadline", 0.2, "--recompute")
     hub = programs.serve(*options)
     pausing = programs.edge(hub, "pausing", notes, "--partition", "1:1")
-    other = programs.edge(hub, "other", notes, "--partition", "1:1")
+    other = programs.edge(hub, "other", notes, "--partition", "1:1", prepare=paced)
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
     pause_between_steps(hub, pausing, lambda live: [live["hub_step"]])
     pausing.signal(signal.SIGCONT)
@@ -214,13 +215,13 @@ def test_with_a_quorum_nobody_waits_for_an_edge_that_stands_still(programs: Prog
     assert "is silent" not in hub.process.out
     assert "is lost" not in pausing.out
     taken = [report(programs, name)["steps"] for name in ("pausing", "other")]
-    assert 1 <= min(taken) <= max(taken) <= 60
+    assert 1 <= min(taken) <= max(taken) <= 40
 
 
 @pytest.mark.slow
 def test_edge_that_joins_late_takes_part(programs: Programs, notes: Path) -> None:
     hub = programs.serve("--rounds", 4, "--round-steps", 10)
-    first = programs.edge(hub, "first", notes, "--partition", "1:1")
+    first = programs.edge(hub, "first", notes, "--partition", "1:1", prepare=paced)
     hub.until(lambda live: live["hub_step"] >= 3, "three steps")
     # However fast the machine is: the first takes no step more until the late one is here.
     first.signal(signal.SIGSTOP)

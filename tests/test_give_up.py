@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def alone(programs: Programs, *options: object) -> tuple[Hub, Process]:
     """A hub, and an edge that trains there; then the hub is killed."""
-    hub = programs.serve("--cohort", 1, "--rounds", 9)
+    hub = programs.serve("--cohort", 1)
     data = write_notes(programs.folder, "clinic", 1, 30)
     edge = programs.edge(hub, "ward", data, *options)
     hub.until(lambda live: live["hub_step"] >= 2, "two steps")

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 
 import edge
 from tests.support.sites import write_notes
+from tools.faults.kills import arm_edge
 from tools.programs import Hub, Programs
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
 NEW = 24
+#: In the third step, of two micro-batches each, with its last gradient on the way.
+KILLED = {"KILL_POINT": "before the reply", "KILL_AFTER": "6", "KILL_VARIANT": "1"}
 
 
 def train(programs: Programs, name: str, killed: bool) -> tuple[Hub, dict[str, Any], dict[str, bytes]]:
@@ -29,11 +32,12 @@ def train(programs: Programs, name: str, killed: bool) -> tuple[Hub, dict[str, A
     plain = programs.edge(hub, f"{name}-plain", write_notes(programs.folder, "clinic", 2, 30), "--partition", "1:1")
     notes = write_notes(programs.folder, "clinic", 1, 30)
     options = ("--partition", "1:1", "--wire", "int8")
-    small = programs.edge(hub, f"{name}-int8", notes, *options)
     if killed:
-        hub.until(lambda live: 2 <= live["hub_step"] < STEPS, "some steps")
-        small.kill()
+        small = programs.edge(hub, f"{name}-int8", notes, *options, prepare=arm_edge, env=KILLED)
+        assert small.wait().code == -signal.SIGKILL, str(small)
         small = programs.edge(None, f"{name}-int8", notes, *options)
+    else:
+        small = programs.edge(hub, f"{name}-int8", notes, *options)
     assert small.wait().code == 0, str(small)
     assert "partition 1:1, int8 on the wire" in small.out + small.err
     assert plain.wait().code == 0, str(plain)
