@@ -42,10 +42,11 @@ class Knocker:
 
     def _run(self) -> None:
         try:
-            family, address = self._resolve()
+            addresses = self._resolve()
             began = time.monotonic()
             while not self._stop.is_set() and not self.accepted:
-                self._try(family, address)
+                for family, address in addresses:
+                    self._try(family, address)
                 waited = time.monotonic() - began
                 self._listen(min(max(_EVERY_S, waited * _SHARE), _EVERY_MOST_S))
         finally:
@@ -54,17 +55,21 @@ class Knocker:
         if self.accepted and not self._stop.is_set():
             self._answered()
 
-    def _resolve(self) -> tuple[int, tuple[object, ...]]:
-        """Where to knock; a name may take its time to resolve, or need the link that is down."""
+    def _resolve(self) -> list[tuple[int, tuple[object, ...]]]:
+        """Where to knock: all that the name stands for. It may take time to resolve, or need the link that is down."""
         while not self._stop.is_set():
             with suppress(OSError):
-                family, _, _, _, address = socket.getaddrinfo(*self._where, type=socket.SOCK_STREAM)[0]
-                return family, address
+                found = socket.getaddrinfo(*self._where, type=socket.SOCK_STREAM)
+                return [(family, address) for family, _, _, _, address in found]
             self._stop.wait(_NAME_S)
-        return socket.AF_INET, self._where
+        return []
 
     def _try(self, family: int, address: tuple[object, ...]) -> None:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:
+            # A name may stand for an address of a family that this machine lacks.
+            return
         sock.setblocking(False)
         if sock.connect_ex(address) in (0, errno.EINPROGRESS):
             self._selector.register(sock, selectors.EVENT_WRITE, time.monotonic())

@@ -13,7 +13,7 @@ from tools.table import Row, Skipped
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault(fault: Fault, tmp_path: Path) -> None:
     outcome = fault.run(Setting(tmp_path, Console(), quick=True))

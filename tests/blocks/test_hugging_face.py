@@ -102,9 +102,12 @@ print(json.dumps(said))
 
 
 def open_all(home: Path, endpoint: str, *names: str) -> dict[str, Any]:
-    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
+    }
+    environment = {**inherited, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN_ALL, *names], cwd=REPO, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", OPEN_ALL, *names], cwd=REPO, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

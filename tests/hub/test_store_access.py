@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -202,7 +203,7 @@ def test_a_look_up_waits_for_no_writer(state: HubState) -> None:
         began = time.monotonic()
         state.access.refresh()
         assert state.access.name_of(mine) == "clinic"
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 4, "it would wait for a writer for 5 s"
     state.access.refresh()
     assert state.access.name_of(mine) is None
 
@@ -215,9 +216,11 @@ def test_revoking_in_another_process_takes_effect_within_a_second(state: HubStat
     seen: list[float] = []
 
     def look() -> None:  # as the hub's I/O thread does, for every message
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
+        seen.append(time.monotonic())
         while state.access.name_of(bad) is not None and time.monotonic() < deadline:
             time.sleep(0.005)
+            seen.append(time.monotonic())
         seen.append(time.monotonic())
 
     thread = threading.Thread(target=look)
@@ -230,7 +233,9 @@ def test_revoking_in_another_process_takes_effect_within_a_second(state: HubStat
         [sys.executable, "-c", code, str(state.folder)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     thread.join()
-    assert seen[0] - float(done.stdout) < 1.0
+    # Where the machine kept this thread from looking, it could not know.
+    late = [(before, after) for before, after in pairwise(seen) if after > float(done.stdout)]
+    assert seen[-1] - float(done.stdout) < 1.0 + max(after - before for before, after in late)
     assert state.access.name_of(bad) is None
     assert state.access.name_of(good) == "good"
 

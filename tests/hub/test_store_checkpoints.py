@@ -244,6 +244,7 @@ def hub():
             done[:8] = struct.pack("q", step)
 
 random.seed(1)
+promised = 0
 for turn in range(kills):
     child = os.fork()
     if child == 0:
@@ -252,7 +253,8 @@ for turn in range(kills):
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
-    time.sleep(random.uniform(0.02, 0.2))
+    # Where the disk is slow, until it gets to write at all.
+    time.sleep(random.uniform(0.02, 0.2) * (1 if promised else 1 + turn))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended by itself"
     promised = struct.unpack("q", done[:8])[0]

@@ -88,7 +88,10 @@ def test_a_second_hub_on_one_state_is_refused_until_the_first_is_gone(tmp_path: 
         assert state.running()
 
 
-def test_asking_whether_a_hub_runs_does_not_stop_one_from_starting(tmp_path: Path) -> None:
+def test_asking_whether_a_hub_runs_does_not_stop_one_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hub.store.lock._PATIENCE_S", 20.0)
     open_hub(tmp_path).close()
     with (tmp_path / "lock").open() as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)

@@ -61,13 +61,13 @@ def test_the_token_binds_the_key(hub) -> None:
 def test_a_spent_token(hub) -> None:
     error = Packet(Error(ErrorCode.TOKEN, 0, "used up: ask for another"))
     with answering(hub, lambda message, key: error) as join, pytest.raises(Refused, match="used up: ask for another"):
-        enrol(join, new_keys(), "ward 3", 5)
+        enrol(join, new_keys(), "ward 3", 30)
 
 
 def test_another_refusal(hub) -> None:
     error = Packet(Error(ErrorCode.SHUTDOWN, 0, "going down"))
     with answering(hub, lambda message, key: error) as join, pytest.raises(Refused, match="going down"):
-        enrol(join, new_keys(), "ward 3", 5)
+        enrol(join, new_keys(), "ward 3", 30)
 
 
 def test_a_hub_of_another_version(hub) -> None:
@@ -75,13 +75,13 @@ def test_a_hub_of_another_version(hub) -> None:
         answering(hub, lambda message, key: [b"\x92\x63\x63"]) as join,
         pytest.raises(ProtocolError, match="version 99"),
     ):
-        enrol(join, new_keys(), "ward 3", 5)
+        enrol(join, new_keys(), "ward 3", 30)
 
 
 def test_the_join_string_of_another_hub(hub) -> None:
     join = JoinString(replace(hub.address, key=new_keys().public), TOKEN)
     with pytest.raises(Refused, match="is the join string of this hub"):
-        enrol(join, new_keys(), "ward 3", 5)
+        enrol(join, new_keys(), "ward 3", 30)
 
 
 def test_nobody_there(hub) -> None:
@@ -93,10 +93,10 @@ def test_nobody_there(hub) -> None:
 
 
 def test_whether_a_key_is_let_in(hub) -> None:
-    assert lets_in(hub.address, hub.enrolled(), 5)
-    assert not lets_in(hub.address, new_keys(), 5)
+    assert lets_in(hub.address, hub.enrolled(), 30)
+    assert not lets_in(hub.address, new_keys(), 30)
     with pytest.raises(Refused, match="another key"):
-        lets_in(replace(hub.address, key=new_keys().public), hub.enrolled(), 5)
+        lets_in(replace(hub.address, key=new_keys().public), hub.enrolled(), 30)
 
 
 def test_a_list_that_fails_for_a_while_is_asked_again(hub) -> None:

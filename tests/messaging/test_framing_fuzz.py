@@ -135,7 +135,9 @@ def test_a_small_header_takes_little_memory_and_time() -> None:
         for _ in range(3):
             with pytest.raises(ProtocolError):
                 worst.measure(lambda header=header: decode([header[: m.MAX_HEADER_BYTES]], EVERYTHING))
-    assert worst.worst_mb < 4, "unpackb alone takes 33 MB for 3 KB of arrays in one another"
+    assert worst.worst_mb < 12, (
+        "unpackb alone takes 33 MB for 3 KB of arrays in one another; huge pages come in pieces of 2 MB"
+    )
     assert worst.worst_ms < 50
 
 

@@ -16,6 +16,7 @@ from messaging.edge_transport import EdgeTransport
 from messaging.errors import InputError
 from messaging.hub_transport import HubTransport
 from messaging.messages import MAX_FRAME_BYTES
+from messaging.sockets import readable
 from messaging.transport import Buffer, Channel, Connected, Disconnected, LinkEvent, Route, SendResult, wire_bytes
 
 FirstEvent = Callable[[EdgeTransport], LinkEvent]
@@ -29,7 +30,7 @@ def joined(hub, first_event: FirstEvent) -> EdgeTransport:
 
 def send(edge: EdgeTransport, channel: Channel, frames: list[Buffer]) -> None:
     """Send as soon as the channel takes it."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not edge.send(channel, frames):
         assert time.monotonic() < deadline
         edge.poll(0.1)
@@ -37,8 +38,8 @@ def send(edge: EdgeTransport, channel: Channel, frames: list[Buffer]) -> None:
 
 
 def receive(edge: EdgeTransport) -> tuple[Channel, list[Buffer]]:
-    """The next message, which must come within 5 s."""
-    deadline = time.monotonic() + 5
+    """The next message, which must come within 30 s."""
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if arrived := edge.poll(0.1):
             assert len(arrived) == 1
@@ -108,8 +109,14 @@ def test_ctl_comes_first(hub, first_event: FirstEvent) -> None:
     for _ in range(3):
         send(edge, Channel.BULK, [b"bulk"])
     send(edge, Channel.CTL, [b"ctl"])
-    time.sleep(0.3)
-    assert [arrival.frames[0] for arrival in hub.transport.poll(1)] == [b"ctl", b"bulk", b"bulk", b"bulk"]
+    deadline = time.monotonic() + 30
+    while not all(readable(hub.transport._sockets[channel]) for channel in (Channel.CTL, Channel.BULK)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first, *others = [arrival.frames[0] for arrival in hub.transport.poll(1)]
+    while len(others) < 3:
+        others += [hub.arrival().frames[0]]
+    assert (first, others) == (b"ctl", [b"bulk"] * 3)
 
 
 def test_one_poll_is_bounded(hub, first_event: FirstEvent) -> None:
@@ -129,7 +136,7 @@ def test_a_route_dies_with_its_connection(hub, first_event: FirstEvent) -> None:
     route = hub.arrival().route
     edge.reset()
     assert first_event(edge) == Connected(Channel.CTL)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while hub.transport.send(route, [b"late"]) is not SendResult.GONE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -147,7 +154,7 @@ def test_a_reader_that_does_not_read_fills_up(hub, first_event: FirstEvent) -> N
     data = bytes(MAX_FRAME_BYTES)
     results = [hub.transport.send(route, [data]) for _ in range(200)]
     assert results[0] is SendResult.SENT
-    assert results[-1] is SendResult.FULL
+    assert SendResult.FULL in results
 
 
 def test_too_many_frames_are_thrown_away_and_the_sender_named(make_hub, first_event: FirstEvent) -> None:
@@ -169,7 +176,7 @@ def test_a_frame_over_the_limit_ends_the_connection(hub, first_event: FirstEvent
     assert len(hub.arrival().frames[0]) == size - 1
     send(edge, channel, [bytes(size)])
     events: list[LinkEvent] = []
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while Disconnected(channel) not in events and time.monotonic() < deadline:
         edge.poll(0.1)
         events += edge.link_events()
@@ -183,12 +190,12 @@ def test_wake_from_another_thread(hub, first_event: FirstEvent) -> None:
         timer = threading.Timer(0.05, side.wake)
         timer.start()
         began = time.monotonic()
-        assert side.poll(5) == []
-        assert time.monotonic() - began < 2
+        assert side.poll(30) == []
+        assert time.monotonic() - began < 20
         timer.join()
         for _ in range(100_000):
             side.wake()
-        assert side.poll(5) == []
+        assert side.poll(30) == []
         began = time.monotonic()
         assert side.poll(0.05) == []
         assert time.monotonic() - began > 0.04
@@ -201,9 +208,9 @@ def test_a_hub_that_rests_takes_nothing_until_it_is_woken(hub, first_event: Firs
     hub.transport.rest(0.2)
     assert time.monotonic() - began > 0.19
     hub.transport.wake()
-    hub.transport.rest(5)
-    assert [arrival.frames for arrival in hub.transport.poll(5)] == [[b"ping"]]
-    assert time.monotonic() - began < 4
+    hub.transport.rest(30)
+    assert [arrival.frames for arrival in hub.transport.poll(30)] == [[b"ping"]]
+    assert time.monotonic() - began < 20
 
 
 def test_wake_after_close_does_nothing(make_hub) -> None:
@@ -216,12 +223,13 @@ def test_a_hub_that_comes_back_is_found_again(hub, first_event: FirstEvent) -> N
     edge = joined(hub, first_event)
     port = hub.transport.ports[Channel.CTL]
     hub.transport.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     events: list[LinkEvent] = []
     while Disconnected(Channel.CTL) not in events and time.monotonic() < deadline:
         edge.poll(0.1)
         events += edge.link_events()
     assert Disconnected(Channel.CTL) in events
+    deadline = time.monotonic() + 30
     hub.transport = HubTransport(hub.context, hub.keys, f"tcp://127.0.0.1:{port}")
     while Connected(Channel.CTL) not in events and time.monotonic() < deadline:
         edge.poll(0.1)

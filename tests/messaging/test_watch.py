@@ -61,11 +61,11 @@ def keep_as_much_as_can_be() -> None:
     library.free(library.malloc((32 << 20) - 4096))
 
 
-def look(hub, allowance: Allowance, within_s: float = 5.0) -> list[Offence]:
-    """Look again and again until somebody is cut."""
+def look(hub, allowance: Allowance, within_s: float = 60.0) -> list[Offence]:
+    """Look again and again until somebody is cut. Takes nothing meanwhile, or a large message might come in whole."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        hub.waiting += hub.transport.poll(0.01)
+        time.sleep(0.01)
         if found := hub.transport.look(allowance):
             return list(found)
     return []
@@ -86,7 +86,7 @@ def test_the_kernel_counts_what_a_connection_received_and_what_its_peer_acknowle
         far.sendall(bytes(300))
         assert far.recv(1000, socket.MSG_WAITALL) == bytes(1000)
         near.recv(300, socket.MSG_WAITALL)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 30
         while connection.read() and connection.acked < 300 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (connection.received, connection.acked) == (1000, 300)
@@ -117,7 +117,8 @@ def test_reading_leaves_no_descriptors_behind() -> None:
         for fd in (far.fileno(), 1 << 20):
             for _ in range(50):
                 Connection(Channel.CTL, fd, 0.0).read()
-        assert len(os.listdir("/proc/self/fd")) == before
+        # Threads of tests before may close theirs just now.
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_what_was_taken_and_sent_is_counted_to_the_byte(hub, first_event: FirstEvent) -> None:
@@ -131,9 +132,11 @@ def test_what_was_taken_and_sent_is_counted_to_the_byte(hub, first_event: FirstE
         assert hub.transport.send(arrival.route, [bytes(size)]) is SendResult.SENT
         while not edge.poll(0.1):
             pass
-    time.sleep(0.1)
     (connection,) = hub.transport._watch._channels[Channel.CTL]
-    assert connection.read()
+    deadline = time.monotonic() + 30
+    # The kernel may put its acknowledgement off.
+    while connection.read() and connection.unread and time.monotonic() < deadline:
+        time.sleep(0.01)
     # The rest is the handshake's.
     assert 0 <= connection.received - connection.delivered < 1000
     assert connection.key == edge._keys.public
@@ -161,7 +164,7 @@ def test_a_message_without_an_end_is_cut_and_its_sender_named(hub, first_event: 
         assert offence.address == "127.0.0.1"
         assert offence.size > 150 << 20
         # libzmq's own thread frees the memory, when it gets its turn.
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while watch.resident_bytes(statm.fileno()) >= before + KEPT_BYTES + (20 << 20):
             assert time.monotonic() < deadline, "the memory does not come back"
             assert hub.transport.look(AMPLE) == []
@@ -218,7 +221,7 @@ def test_a_reader_that_does_not_read_shows_and_can_be_cut(hub) -> None:
             time.sleep(0.005)
         assert 0 < hub.transport.unread(route, 0) < sent
         assert hub.transport.cut(route) == keys.public
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while hub.transport.send(route, [b""]) is not SendResult.GONE:
             assert time.monotonic() < deadline
             hub.transport.poll(0.01)
@@ -236,7 +239,7 @@ def test_connections_that_ended_are_forgotten(hub, first_event: FirstEvent) -> N
             edge.poll(0.01)
         hub.arrival()
         edge.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while len(channel) and time.monotonic() < deadline:
         time.sleep(0.02)
         hub.transport.look(AMPLE)

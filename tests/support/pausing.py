@@ -19,6 +19,9 @@ def pause_between_steps(hub: Hub, edge: Process, steps: Callable[[dict[str, Any]
     """
     for _ in range(_TRIES):
         edge.signal(signal.SIGSTOP)
+        stopped = hub.status()["live"]["uptime_s"]
+        # What it did before is in the status by then, which the hub writes twice a second.
+        hub.until(lambda live: live["uptime_s"] > stopped + 1.5, "a later status")  # noqa: B023
         at = steps(hub.status()["live"])
         try:
             hub.until(lambda live: _beyond(steps(live), at, _STEPS), "steps without an edge", _GOES_ON_S)  # noqa: B023

@@ -168,15 +168,17 @@ def an_edge(client: Answering, link_s: float) -> replay.ReplayedEdge:
 
 
 def test_micro_batches_overlap_with_link_and_hub_but_an_edge_does_one_thing_at_a_time() -> None:
-    client, began = Answering(0.05), time.perf_counter()
-    one = an_edge(client, 0.2)
-    one.take(Recording((a_step(0, 4),), Work(0.01, 0.05, 0.01, 0.02)), 1)
-    took = time.perf_counter() - began
-    one._line.close()
-    for kind in (m.StepForward, m.StepBackward):
-        assert [micro for asked, micro in client.asked if asked is kind] == [0, 1, 2, 3]
-    # Its own work is 0.3 s; with everything one after the other the step would take 2.3 s.
-    assert 0.3 + 0.2 <= took < 1.8
+    times = []
+    for _ in range(3):
+        client, began = Answering(0.05), time.perf_counter()
+        one = an_edge(client, 0.2)
+        one.take(Recording((a_step(0, 4),), Work(0.01, 0.05, 0.01, 0.02)), 1)
+        times.append(time.perf_counter() - began)
+        one._line.close()
+        for kind in (m.StepForward, m.StepBackward):
+            assert [micro for asked, micro in client.asked if asked is kind] == [0, 1, 2, 3]
+    # Its own work is 0.3 s; with everything one after the other each of them would take 2.3 s.
+    assert 0.3 + 0.2 <= min(times) < 1.8
 
 
 def test_a_failed_request_ends_the_replay() -> None:

@@ -23,6 +23,10 @@ class Setting:
         """How often to repeat something."""
         return quick if self.quick else whole
 
+    def limit(self, whole: float, quick: float) -> float:
+        """The most that a figure may be. A quick run, which may share its cores, sees whether it happens at all."""
+        return quick if self.quick else whole
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -50,7 +50,7 @@ def noise(setting: Setting) -> Sequence[Row | Skipped]:
     wrong, meter = _mutations(setting.count(300_000, 2_000), setting)
     rows += [
         at_most(_MUTATED, wrong, 0),
-        at_most(_MUTATED_MS, meter.worst_ms, MOST_MS),
+        at_most(_MUTATED_MS, meter.worst_ms, setting.limit(MOST_MS, 5 * MOST_MS)),
         at_most(_MUTATED_MB, meter.worst_mb, MOST_MB),
     ]
     rows += _feed(setting, setting.count(1_000, 9))

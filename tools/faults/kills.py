@@ -25,7 +25,7 @@ STOPPED = "stopped by SIGTERM"
 _LIVES = 8
 _STEPS_PER_KILL = 6
 _LIFE_S = 120.0
-_GOING_ON_S = 2.0
+_GOING_ON_S, _GOING_ON_QUICK_S = 2.0, 30.0
 
 
 # -- in the process that is to die ---------------------------------------------------------------------
@@ -87,6 +87,8 @@ def arm_hub() -> None:
         case "in the checkpoint":
             # It is written and listed, and nobody was told.
             _around(checkpoints.CheckpointStore, "save", None, count)
+        case "stopped by SIGTERM":
+            _around(Engine, "apply_step", None, _countdown(lambda *_: os.kill(os.getpid(), signal.SIGTERM)))
         case "before the reply":
             _around(Post, "answer", lambda *given: count() if isinstance(given[3], m.StepGrad) else None, None)
 
@@ -159,7 +161,7 @@ def _experiment(setting: Setting, row: str, points: Sequence[str], lives: Lives)
     return (
         at_least(times, len(wishes) / len(points), each),
         at_most(same, len(wrong), 0),
-        at_most(soon, max(going_on), _GOING_ON_S),
+        at_most(soon, max(going_on), setting.limit(_GOING_ON_S, _GOING_ON_QUICK_S)),
         reported(f"{row} killed: cold start until it is ready, worst (s)", max(cold)),
     )
 
@@ -192,11 +194,7 @@ def _hub_lives(
         ready = time.monotonic()
         cold.append(hub.start_s)
         edges = edges or [trial.start_edge(name) for name in trial.plan.names]
-        if point == STOPPED:
-            time.sleep(0.15 * int(wish["KILL_AFTER"]))
-            _stop(hub.process)
-        else:
-            _dead(hub.process)
+        _dead(hub.process, 0 if point == STOPPED else -signal.SIGKILL)
         if number:
             going_on.append(_since(trace, ready))
     trial.start_hub(prepare=arm_hub, env={"TRACE": str(trace)})
@@ -226,21 +224,15 @@ def _edge_lives(
     return [*edges, trial.start_edge(victim)], cold, going_on
 
 
-def _stop(process: Process) -> None:
-    done = process.end(signal.SIGTERM)
-    if done.code != 0:
-        raise RuntimeError(f"{process} ended with {done.code}")
-
-
-def _dead(process: Process) -> None:
+def _dead(process: Process, expected: int = -signal.SIGKILL) -> None:
     deadline = time.monotonic() + _LIFE_S
     while process.running:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{process} lives on")
         time.sleep(0.01)
     code = process.wait().code
-    if code != -signal.SIGKILL:
-        raise RuntimeError(f"{process} ended with {code}, not killed")
+    if code != expected:
+        raise RuntimeError(f"{process} ended with {code}, not {expected}")
 
 
 def _since(trace: Path, begin: float) -> float:

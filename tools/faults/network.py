@@ -21,12 +21,13 @@ def missing() -> str | None:
     """Why there can be no namespaces here; None when there can."""
     if os.geteuid() != 0:
         return "needs root for network namespaces"
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "needs ip and tc"
-    probe = f"fs{os.getpid()}probe"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
-        return "no network namespaces can be made here"
-    _ip("netns", "del", probe)
+    if any(shutil.which(tool) is None for tool in ("ip", "tc", "ss")):
+        return "needs ip, tc and ss"
+    try:
+        with Network("probe") as network:
+            network.shape("probe", 10)
+    except OSError as error:
+        return f"no network namespaces with shaped links can be made here: {error}"
     return None
 
 
@@ -47,6 +48,14 @@ class Network:
         self._hosts = hosts
 
     def __enter__(self) -> Network:
+        try:
+            self._make()
+        except OSError:
+            self._remove()
+            raise
+        return self
+
+    def _make(self) -> None:
         _ip("netns", "add", self._middle)
         _ip("-n", self._middle, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", self._middle, "link", "set", "bridge0", "up")
@@ -58,11 +67,13 @@ class Network:
             _ip("-n", space, "link", "set", "lo", "up")
             _ip("-n", space, "link", "set", "eth0", "up")
             _ip("-n", self._middle, "link", "set", host, "master", "bridge0", "up")
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         for space in (*map(self.space, self._hosts), self._middle):
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 

@@ -42,7 +42,10 @@ _NAMED = {ErrorCode.PROTOCOL, ErrorCode.NOT_FINITE}
 def poison(setting: Setting) -> Sequence[Row | Skipped]:
     """Row 16: the same good step at two hubs, one of which gets all the bad messages before."""
     with Programs(setting.folder) as programs:
-        hubs = [programs.serve("--round-steps", 1000, state=programs.folder / name) for name in ("clean", "poisoned")]
+        hubs = [
+            programs.serve("--round-steps", 1000, "--grace", "inf", state=programs.folder / name)
+            for name in ("clean", "poisoned")
+        ]
         with RawEdge(hubs[0], "clean") as clean, RawEdge(hubs[1], "poisoned") as poisoned:
             for edge in (clean, poisoned):
                 edge.hello(train=True)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -166,6 +167,8 @@ def soak(setting: Setting) -> Sequence[Row | Skipped]:
     """Half an hour with twenty edges; quickly: ten seconds with three."""
     if os.geteuid() != 0:
         return [Skipped(row, "cutting connections (ss -K) needs root") for row in ROWS]
+    if shutil.which("ss") is None:
+        return [Skipped(row, "cutting connections needs ss") for row in ROWS]
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     plan = Plan(edges=setting.count(20, 3), rounds=0, round_steps=setting.count(10, 5), checkpoint_s=2.0)
     disturbed, calm = setting.folder / "disturbed", setting.folder / "undisturbed"

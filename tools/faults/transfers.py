@@ -116,7 +116,7 @@ def _hub_killed(setting: Setting) -> Sequence[Row]:
             twice = max(0, relay.to_edge - needed) / MIB
     return (
         at_least("transfer hub killed: same tokens", float(same), 1),
-        at_most("transfer hub killed: goes on after its ready line (s)", waited, 12),
+        at_most("transfer hub killed: goes on after its ready line (s)", waited, setting.limit(12, 40)),
         at_most("transfer hub killed: MiB fetched twice", twice, 4),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import time
@@ -29,11 +30,14 @@ class Meter:
         with open("/proc/self/clear_refs", "wb", buffering=0) as refs:
             refs.write(_RESET_PEAK)
         before = _memory("VmRSS")
+        # Garbage of what was before is not this call's.
+        gc.disable()
         begun = time.thread_time()
         try:
             call()
         finally:
             self.worst_ms = max(self.worst_ms, 1000 * (time.thread_time() - begun))
+            gc.enable()
             self.worst_mb = max(self.worst_mb, (_memory("VmHWM") - before) / 1e6)
             self.calls += 1
 
