@@ -1,10 +1,11 @@
-"""Faster products for decoding: a model's linear layers with few positions at a time, float32 on a CPU.
+"""Faster products without gradients: a model's linear layers, float32 on a CPU, most of all for few positions.
 
 Which way MKL multiplies few rows with a weight [out, in] fastest depends on the processor. On one, W x^T takes half as
 long as x W^T for two to four rows; on the next it takes twice as long, and less from eight rows on. A single row may be
-fastest as two. So all ways are tried when a model is loaded, on its own weights, and each layer takes the fastest for
-the positions at hand. A head (many more rows of weight than columns) is fastest by columns for a single position, on
-both.
+fastest as two. oneDNN may take half as long as any of these, and less for many rows too, with a copy of the weight in
+an order of its own. So all ways are tried when a model is loaded, on its own weights, and each layer takes the fastest
+for the positions at hand. A head (many more rows of weight than columns) is fastest by columns for a single position,
+on both.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ class Way(Enum):
     #: the same for one row, taken twice
     TWICE_ROWS_FIRST = auto()
     TWICE_WEIGHT_FIRST = auto()
+    #: x W^T by oneDNN, with a copy of W
+    PACKED = auto()
 
 
-#: The way for each number of positions, from 0 on; more go the usual one.
+#: The way for each number of positions, from 0 on; the last is for more, too.
 Ways = tuple[Way, ...]
 #: Seconds by positions and way.
 Seconds = Mapping[int, Mapping[Way, float]]
@@ -41,8 +44,12 @@ Kind = tuple[tuple[int, ...], bool]
 
 #: Numbers of positions that are tried. Those in between go as the next larger one.
 _POSITIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_WAYS_FOR_ONE = tuple(Way)
+_WAYS_FOR_ONE = (Way.ROWS_FIRST, Way.WEIGHT_FIRST, Way.TWICE_ROWS_FIRST, Way.TWICE_WEIGHT_FIRST)
 _WAYS = (Way.ROWS_FIRST, Way.WEIGHT_FIRST)
+#: For more, MKL's usual way is as good as any of its; a copy may still be worth it.
+_MANY = 128
+#: Positions that a copy is made for. oneDNN's order for a single one is no gain; that for many is for few, too.
+_PACKED_FOR = 32
 #: Another way has to take less than so much of the usual one's time.
 _WORTH_IT = 0.92
 #: A model of fewer bytes lies in the processor's caches and goes the usual way; about `_TRIED_BYTES` are tried.
@@ -55,36 +62,57 @@ class DecodingLinear(nn.Linear):
     """nn.Linear; without gradients and with few positions its output [..., out] may have other strides."""
 
     ways: Ways = ()
+    #: the weight in oneDNN's order, where a way needs it
+    packed: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As nn.Linear."""
         positions = input.numel() // self.in_features
-        few = positions < len(self.ways) and not torch.is_grad_enabled()
-        way = self.ways[positions] if few else Way.ROWS_FIRST
+        way = Way.ROWS_FIRST
+        if self.ways and not torch.is_grad_enabled():
+            way = self.ways[min(positions, len(self.ways) - 1)]
         if way is Way.ROWS_FIRST:
             return linear(input, self.weight, self.bias)
         # The product of another layer may lie by columns here, which MKL takes the slow way.
         rows = input.reshape(positions, self.in_features).contiguous()
-        out = multiply(way, rows, self.weight)
+        out = multiply(way, rows, self.weight, self.packed)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*input.shape[:-1], self.out_features)
 
 
-def multiply(way: Way, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def multiply(way: Way, rows: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
     """rows [positions, in], weight [out, in] -> [positions, out], of any strides."""
+    if way is Way.PACKED:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+        return out
     positions = len(rows)
     if way in (Way.TWICE_ROWS_FIRST, Way.TWICE_WEIGHT_FIRST):
         rows = torch.cat((rows, rows))
     weight_first = way in (Way.WEIGHT_FIRST, Way.TWICE_WEIGHT_FIRST)
-    out = torch.mm(weight, rows.t()).t() if weight_first else linear(rows, weight)
-    return out[:positions]
+    product = torch.mm(weight, rows.t()).t() if weight_first else linear(rows, weight)
+    return product[:positions]
 
 
-def speed_up_decoding(layers: Iterable[nn.Module], head: nn.Module | None = None) -> None:
-    """Have float32 linear layers on the CPU compute few positions the fastest way. Takes about a second.
+def can_pack() -> bool:
+    """Whether this torch has oneDNN's products. They are what its compiler uses, and no promise of its interface."""
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    )
+
+
+@torch.no_grad()
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of weight [out, in] for `Way.PACKED`."""
+    copy: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACKED_FOR)
+    return copy
+
+
+def speed_up_decoding(layers: Iterable[nn.Module], head: nn.Module | None = None, room: int = 0) -> None:
+    """Have float32 linear layers on the CPU compute without gradients the fastest way. Takes about two seconds.
 
     Their weights stay what they are; the head's get other strides. Call it before adapters are put around them.
+    room: bytes that copies of the weights may take; none are made where all together would take more.
     """
     found = [m for layer in layers for m in layer.modules() if type(m) is nn.Linear and _concerned(m)]
     if type(head) is nn.Linear and _concerned(head):
@@ -92,18 +120,22 @@ def speed_up_decoding(layers: Iterable[nn.Module], head: nn.Module | None = None
         head.weight.data = head.weight.data.t().contiguous().t()
         found.append(head)
     weights = {id(module.weight): module.weight for module in found}
-    if sum(weight.nbytes for weight in weights.values()) < _SMALL_BYTES:
+    nbytes = sum(weight.nbytes for weight in weights.values())
+    if nbytes < _SMALL_BYTES:
         return
     parts = {key: _part(weight) for key, weight in weights.items()}
-    seconds = try_ways(list(parts.values()))
+    seconds = try_ways(list(parts.values()), packed=nbytes <= room and can_pack())
+    ways = {key: fastest(seconds[_kind(part)]) for key, part in parts.items()}
+    # Once where layers share a weight.
+    copies = {key: pack(weight) for key, weight in weights.items() if Way.PACKED in ways[key]}
     for module in found:
-        _take(module, fastest(seconds[_kind(parts[id(module.weight)])]))
+        _take(module, ways[id(module.weight)], copies.get(id(module.weight)))
 
 
-def _take(module: nn.Linear, ways: Ways) -> None:
+def _take(module: nn.Linear, ways: Ways, packed: torch.Tensor | None) -> None:
     module.__class__ = DecodingLinear
     assert isinstance(module, DecodingLinear)
-    module.ways = ways
+    module.ways, module.packed = ways, packed
 
 
 def fastest(seconds: Seconds) -> Ways:
@@ -119,24 +151,26 @@ def fastest(seconds: Seconds) -> Ways:
 @torch.no_grad()
 def try_ways(
     weights: Sequence[torch.Tensor],
-    product: Callable[[Way, torch.Tensor, torch.Tensor], object] = multiply,
+    packed: bool = False,
+    product: Callable[[Way, torch.Tensor, torch.Tensor, torch.Tensor | None], object] = multiply,
     clock: Callable[[], float] | None = None,
 ) -> dict[Kind, Seconds]:
     """Seconds of every way, by kind of weight. The weights are gone through in order, as in decoding.
 
+    packed: whether there may be copies of the weights.
     clock: this thread's processor time where it computes alone, because others may want the processor just then.
     """
     clock = clock or (time.thread_time if torch.get_num_threads() == 1 else time.perf_counter)
     taken: dict[Kind, dict[int, dict[Way, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-    chosen = _enough(weights)
+    chosen = [(weight, pack(weight) if packed else None) for weight in _enough(weights)]
     begun = clock()
     for _ in range(_ROUNDS):
-        for positions in _POSITIONS:
-            rows = {width: torch.ones(positions, width) for width in {weight.shape[1] for weight in chosen}}
-            for way in _WAYS_FOR_ONE if positions == 1 else _WAYS:
-                for weight in chosen:
+        for positions in (*_POSITIONS, _MANY):
+            rows = {width: torch.ones(positions, width) for width in {weight.shape[1] for weight, _ in chosen}}
+            for way in _ways_for(positions, packed):
+                for weight, copy in chosen:
                     started = clock()
-                    product(way, rows[weight.shape[1]], weight)
+                    product(way, rows[weight.shape[1]], weight, copy)
                     taken[_kind(weight)][positions].setdefault(way, []).append(clock() - started)
         if clock() - begun > _LONG_S:
             break
@@ -144,6 +178,12 @@ def try_ways(
         kind: {n: {way: median(times) for way, times in ways.items()} for n, ways in by_positions.items()}
         for kind, by_positions in taken.items()
     }
+
+
+def _ways_for(positions: int, packed: bool) -> tuple[Way, ...]:
+    """What is tried."""
+    ways = _WAYS if 1 < positions < _MANY else _WAYS_FOR_ONE if positions == 1 else (Way.ROWS_FIRST,)
+    return (*ways, Way.PACKED) if packed else ways
 
 
 def _enough(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ class EngineSettings:
     """What an engine is made of besides the model: adapter shape, optimizer, numbers, devices, KV budget.
 
     devices: several share the layers, by what they have free; states come and go on the first.
-    kv_budget: bytes that all caches may take; asked once the weights are there.
+    kv_budget: bytes that all caches may take, of what is free; asked for copies of weights, and once all are there.
     recompute: training keeps the layers' inputs only, and runs each layer once more in the backward.
     """
 
@@ -75,7 +75,8 @@ class Engine:
         _share_weights(self._plain, self._tuned)
         for blocks in (self._plain, self._tuned):
             blocks.stand_on(homes)
-        speed_up_decoding([*self._plain.cut.layers, *self._tuned.cut.layers])
+        # Copies of weights may take as much as caches will, of what is free.
+        speed_up_decoding([*self._plain.cut.layers, *self._tuned.cut.layers], room=settings.kv_budget())
         peft = adapters.inject(self._tuned.cut, settings.spec, _TRAIN)
         assert peft is not None
         self._peft = peft
