@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from blocks import adapters, decoding
 from blocks.adapters import Adapter
 from blocks.codec import from_wire, to_wire
+from blocks.decoding import Way
 from blocks.layout import Layout
 from blocks.partition import Partition
 from blocks.surgery import CutModel
@@ -54,6 +55,36 @@ SESSIONS = {
     3: (Partition(1, 3), prompt(3, 0), 28),
     4: (Partition(1, 0), prompt(11, 6), 9),
 }
+
+
+@pytest.fixture
+def copies_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(weights: list[torch.Tensor], packed: bool) -> dict[decoding.Kind, decoding.Seconds]:
+        by_way = {Way.ROWS_FIRST: 2.0, Way.PACKED if packed else Way.WEIGHT_FIRST: 1.0}
+        return {(tuple(weight.shape), weight.is_contiguous()): {1: by_way, 128: by_way} for weight in weights}
+
+    monkeypatch.setattr(decoding, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(decoding, "try_ways", times)
+
+
+@pytest.mark.usefixtures("copies_are_fastest")
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_copies_of_the_weights_give_the_same_tokens_and_are_both_adapters_base(name: str) -> None:
+    engine = make_engine(whole(name))
+    layers = [blocks.cut.layers[0].self_attn.q_proj for blocks in (engine._plain, engine._tuned)]
+    assert layers[0].packed is layers[1].base_layer.packed is not None
+    together = Together(engine)
+    edges = {s: make_edge(whole(name), partition, together, s) for s, (partition, _, _) in SESSIONS.items()}
+    settings = {s: {**given, "max_new_tokens": new, **GREEDY} for s, (_, given, new) in SESSIONS.items()}
+    tokens = together.run({s: (lambda s=s: edges[s].model.generate(**settings[s])) for s in SESSIONS})
+    for session in SESSIONS:
+        assert torch.equal(tokens[session], whole(name).generate(**settings[session])), session
+
+
+@pytest.mark.usefixtures("copies_are_fastest")
+def test_without_room_for_them_there_are_no_copies_of_weights() -> None:
+    engine = make_engine(whole("llama"), kv_bytes=1 << 10)
+    assert engine._plain.cut.layers[0].self_attn.q_proj.packed is None
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom"])
