@@ -56,8 +56,9 @@ class Cluster:
             object_store_memory=min(_STORE_BYTES, max(psutil.virtual_memory().available // 8, 80 << 20)),
             _temp_dir=self._folder,
             # Memory here is the kernel's business, as it is for a hub without replicas: Ray's own watch would end
-            # replicas because something else on this machine has grown.
-            _system_config={"memory_monitor_refresh_ms": 0},
+            # replicas because something else on this machine has grown. And they compute like a hub without
+            # replicas: Ray would put them behind all else that runs here (nice 15).
+            _system_config={"memory_monitor_refresh_ms": 0, "worker_niceness": 0},
             job_config=self._paths(),
             **_QUIET,
         )

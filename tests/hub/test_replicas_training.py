@@ -95,6 +95,8 @@ def connections(process: psutil.Process) -> list[Any]:
 def test_a_replica_of_ray_that_is_killed_is_started_again(programs: Programs, alone: list[Alone]) -> None:
     hub = programs.serve(*options(1, "--replicas", 1, "--checkpoint-every", 0.1))
     (process,) = re.findall(r"replica 1 runs on .*, process (\d+)", hub.process.out)
+    # Else a busy machine would leave it nearly nothing.
+    assert psutil.Process(int(process)).nice() == psutil.Process(hub.process.pid).nice()
     edge = train(programs, hub, NAMES[0], prepare=paced)
     hub.process.until_says("(1 of 1 edges)")
     os.kill(int(process), signal.SIGKILL)
